@@ -1,0 +1,38 @@
+# make demo   set up and run the main job      make test   set up and run all tests
+# make lint   check formatting                 make format apply it
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -type f) setup.py
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/dts-fast demo $(ARGS)
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# The build tools and torch first: the extension is built against the torch that runs it (--no-build-isolation).
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=77" wheel torch pybind11 ninja numpy
+	touch $@
+
+# Editable, so that a changed Python file needs no installation; a changed native file or setting does.
+$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info dts_fast/*.so

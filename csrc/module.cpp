@@ -1,0 +1,40 @@
+// The Python module dts_fast._C: what is not a tensor op. Importing it also loads the kernels of this library, which
+// register themselves against the schemas that dts_fast/ops.py defines (TORCH_LIBRARY_IMPL, one file per device).
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict cpu_features() {
+  py::dict out;
+  for (const auto& [name, present] : dts_fast::cpu::features()) out[py::str(name)] = present;
+  return out;
+}
+
+py::dict build_info() {
+  py::dict out;
+  out["torch"] = TORCH_VERSION;
+#if defined(__VERSION__)
+  out["compiler"] = __VERSION__;
+#endif
+  out["cplusplus"] = static_cast<long>(__cplusplus);
+#if defined(DTS_FAST_WITH_CUDA)
+  out["cuda"] = true;
+#else
+  out["cuda"] = false;
+#endif
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native part of dts_fast: CPU features, build information, and the kernels' registration.";
+  m.def("cpu_features", &cpu_features,
+        "Instruction-set extension to whether processor and operating system support it; empty off x86-64.");
+  m.def("build_info", &build_info, "What the extension was built with: torch, compiler, C++ standard, CUDA.");
+}
