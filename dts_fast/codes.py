@@ -1,0 +1,309 @@
+"""The bit layout: 2-bit codes, their four levels, and the rank pages that hold them in memory.
+
+Nothing outside this file knows which bit holds which code. Two layouts are defined here:
+
+* the *canonical* one of the adapter file: rank-major rows, the code of element ``n`` in bits
+  ``2 * (n % 4)`` of byte ``n // 4`` (`pack`, `unpack`, `CodedMatrix`, `CodedVector`);
+* the *page* of the in-memory bank: 16 ranks with their codes, scales and levels side by side
+  (`PageLayout`, `to_pages`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+CODES_PER_BYTE = 4
+NUM_LEVELS = 4
+PAGE_RANKS = 16  # one tensor-core K step, one AVX-512 register of float32
+
+
+def packed_size(n: int) -> int:
+    """Bytes that hold ``n`` 2-bit codes."""
+    return -(-n // CODES_PER_BYTE)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Pack 2-bit codes four to a byte; the padding of the last byte is zero.
+
+    Args:
+        codes: uint8 ``[..., n]`` with values 0 to 3.
+
+    Returns:
+        uint8 ``[..., ceil(n / 4)]``, the code of element ``i`` in bits ``2 * (i % 4)`` of byte ``i // 4``.
+    """
+    n = codes.shape[-1]
+    padded = torch.nn.functional.pad(codes, (0, packed_size(n) * CODES_PER_BYTE - n))
+    quads = padded.unflatten(-1, (packed_size(n), CODES_PER_BYTE))
+    return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    """The inverse of `pack`: uint8 ``[..., ceil(n / 4)]`` to uint8 ``[..., n]``."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(-1) >> shifts & 3).flatten(-2)[..., :n]
+
+
+@lru_cache(maxsize=8)
+def _codes_of_every_byte(device: torch.device) -> Tensor:
+    """int64 ``[256, 4]``: the four codes of each byte value."""
+    return unpack(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(-1), 4).long()
+
+
+def dequantize(packed: Tensor, levels: Tensor, n: int) -> Tensor:
+    """Replace codes by their levels.
+
+    Args:
+        packed: uint8 ``[..., ceil(n / 4)]``, strided or not.
+        levels: floating point ``[4]``.
+
+    Returns:
+        ``[..., n]`` in the dtype of ``levels``.
+    """
+    # One lookup per byte in a table of 256 x 4 values: four times fewer gathers than one per code.
+    table = levels[_codes_of_every_byte(levels.device)]
+    return torch.nn.functional.embedding(packed.int(), table).flatten(-2)[..., :n]
+
+
+def dequantize_pages(packed: Tensor, levels: Tensor, n: int) -> Tensor:
+    """Like `dequantize` for pages that each have their own levels.
+
+    Args:
+        packed: uint8 ``[P, R, stride]`` with ``stride >= ceil(n / 4)``.
+        levels: floating point ``[P, 4]``.
+
+    Returns:
+        ``[P * R, n]`` in the dtype of ``levels``.
+    """
+    tables = levels[:, _codes_of_every_byte(levels.device)].reshape(-1, CODES_PER_BYTE)  # [P * 256, 4]
+    first = torch.arange(levels.shape[0], dtype=torch.int32, device=levels.device) * 256
+    index = packed[..., : packed_size(n)].int() + first[:, None, None]
+    return torch.nn.functional.embedding(index, tables).flatten(-2)[..., :n].flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class CodedMatrix:
+    """A factor ``[n, rank]`` of a low-rank delta, every element one of four levels.
+
+    Attributes:
+        codes: uint8 ``[rank, ceil(n / 4)]``, rank-major.
+        levels: float32 ``[4]``, code to value.
+        n: elements per rank component (``out_features`` for U, ``in_features`` for V).
+    """
+
+    codes: Tensor
+    levels: Tensor
+    n: int
+
+    @property
+    def rank(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.levels.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The factor as ``[n, rank]`` in ``dtype``."""
+        return dequantize(self.codes, self.levels.to(dtype), self.n).t()
+
+
+@dataclass(frozen=True, eq=False)
+class CodedVector:
+    """The delta of a parameter without matrix structure, every element one of four levels.
+
+    Attributes:
+        codes: uint8 ``[ceil(numel / 4)]``.
+        levels: float32 ``[4]``.
+        shape: shape of the parameter.
+    """
+
+    codes: Tensor
+    levels: Tensor
+    shape: tuple[int, ...]
+
+    @cached_property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.levels.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The delta in the parameter's shape and ``dtype``."""
+        return dequantize(self.codes, self.levels.to(dtype), self.numel).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankDelta:
+    """A weight delta ``U diag(s) V^T`` with 2-bit factors (DTS, arXiv 2512.01461, sections 3.1 and 3.2).
+
+    Attributes:
+        u: factor of the output side, ``[N, r]``.
+        s: float32 ``[r]``, scale of each component.
+        v: factor of the input side, ``[K, r]``.
+        shape: shape of the parameter; more than two dimensions stand for ``[N, K]`` by flattening
+            (see `matrix_shape`).
+    """
+
+    u: CodedMatrix
+    s: Tensor
+    v: CodedMatrix
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.s.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, levels and scales, as stored."""
+        return self.u.nbytes + self.v.nbytes + self.s.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The delta in the parameter's shape, computed in ``dtype``."""
+        product = (self.u.dequantize(dtype) * self.s.to(dtype)) @ self.v.dequantize(dtype).t()
+        return product.reshape(self.shape)
+
+    def transpose(self) -> LowRankDelta:
+        """The delta of the transposed matrix ``[K, N]``; nothing is copied."""
+        return LowRankDelta(u=self.v, s=self.s, v=self.u, shape=(self.v.n, self.u.n))
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """How a parameter is seen as a matrix ``[N, K]``; None where it has no matrix structure.
+
+    Beyond two dimensions, those of size 1 are dropped, the first that is left is N and the others are flattened
+    to K, so that a conv weight ``[out, in, kh, kw]`` is ``[out, in * kh * kw]`` and a position table ``[1, T, H]``
+    is ``[T, H]``.
+    """
+    if len(shape) == 2:
+        return shape
+    dims = [d for d in shape if d != 1]
+    if len(dims) < 2:
+        return None
+    return dims[0], torch.Size(dims[1:]).numel()
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Byte offsets within one rank page of a layer ``[N, K]``: 16 ranks, stored together.
+
+        0     s         float32 [16]           zero for unused ranks
+        64    u_levels  float32 [4]
+        80    v_levels  float32 [4]
+        128   v_codes   uint8   [16, v_stride] canonical rows, padded
+              u_codes   uint8   [16, u_stride]
+
+    Rows start at multiples of 16 bytes and pages at multiples of 128, so that a kernel may use its widest
+    aligned loads on any shape. `csrc/layout.h` states the same offsets for native kernels.
+    """
+
+    n: int
+    k: int
+
+    S_OFFSET = 0
+    U_LEVELS_OFFSET = 64
+    V_LEVELS_OFFSET = 80
+    V_OFFSET = 128
+    ROW_ALIGN = 16
+    PAGE_ALIGN = 128
+
+    @property
+    def v_stride(self) -> int:
+        return _round_up(packed_size(self.k), self.ROW_ALIGN)
+
+    @property
+    def u_stride(self) -> int:
+        return _round_up(packed_size(self.n), self.ROW_ALIGN)
+
+    @property
+    def u_offset(self) -> int:
+        return self.V_OFFSET + PAGE_RANKS * self.v_stride
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one page."""
+        return _round_up(self.u_offset + PAGE_RANKS * self.u_stride, self.PAGE_ALIGN)
+
+    def s(self, pages: Tensor) -> Tensor:
+        """float32 view ``[P, 16]`` of uint8 ``pages [P, nbytes]``."""
+        return pages[:, self.S_OFFSET : self.S_OFFSET + 4 * PAGE_RANKS].view(torch.float32)
+
+    def u_levels(self, pages: Tensor) -> Tensor:
+        """float32 view ``[P, 4]``."""
+        return pages[:, self.U_LEVELS_OFFSET : self.U_LEVELS_OFFSET + 4 * NUM_LEVELS].view(torch.float32)
+
+    def v_levels(self, pages: Tensor) -> Tensor:
+        """float32 view ``[P, 4]``."""
+        return pages[:, self.V_LEVELS_OFFSET : self.V_LEVELS_OFFSET + 4 * NUM_LEVELS].view(torch.float32)
+
+    def v_codes(self, pages: Tensor) -> Tensor:
+        """uint8 view ``[P, 16, v_stride]``."""
+        rows = pages[:, self.V_OFFSET : self.V_OFFSET + PAGE_RANKS * self.v_stride]
+        return rows.unflatten(1, (PAGE_RANKS, self.v_stride))
+
+    def u_codes(self, pages: Tensor) -> Tensor:
+        """uint8 view ``[P, 16, u_stride]``."""
+        rows = pages[:, self.u_offset : self.u_offset + PAGE_RANKS * self.u_stride]
+        return rows.unflatten(1, (PAGE_RANKS, self.u_stride))
+
+
+def num_pages(rank: int) -> int:
+    """Pages that a delta of this rank takes; rank 0 takes none."""
+    return -(-rank // PAGE_RANKS)
+
+
+def to_pages(delta: LowRankDelta) -> Tensor:
+    """Lay a delta out in rank pages: uint8 ``[ceil(r / 16), PageLayout(N, K).nbytes]``, zero where unused."""
+    layout = PageLayout(delta.u.n, delta.v.n)
+    pages = torch.zeros(num_pages(delta.rank), layout.nbytes, dtype=torch.uint8, device=delta.s.device)
+    layout.u_levels(pages)[:] = delta.u.levels
+    layout.v_levels(pages)[:] = delta.v.levels
+    for page in range(pages.shape[0]):
+        ranks = slice(page * PAGE_RANKS, min((page + 1) * PAGE_RANKS, delta.rank))
+        count = ranks.stop - ranks.start
+        layout.s(pages)[page, :count] = delta.s[ranks]
+        layout.v_codes(pages)[page, :count, : delta.v.codes.shape[1]] = delta.v.codes[ranks]
+        layout.u_codes(pages)[page, :count, : delta.u.codes.shape[1]] = delta.u.codes[ranks]
+    return pages
+
+
+@dataclass(frozen=True)
+class VectorPageLayout:
+    """Byte offsets within the page of a coded vector: ``levels`` float32 [4], then ``ceil(n / 4)`` bytes of codes."""
+
+    n: int
+
+    CODES_OFFSET = 4 * NUM_LEVELS
+    PAGE_ALIGN = 16
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one page."""
+        return _round_up(self.CODES_OFFSET + packed_size(self.n), self.PAGE_ALIGN)
+
+    def levels(self, pages: Tensor) -> Tensor:
+        """float32 view ``[P, 4]`` of uint8 ``pages [P, nbytes]``."""
+        return pages[:, : self.CODES_OFFSET].view(torch.float32)
+
+    def codes(self, pages: Tensor) -> Tensor:
+        """uint8 view ``[P, ceil(n / 4)]``."""
+        return pages[:, self.CODES_OFFSET : self.CODES_OFFSET + packed_size(self.n)]
+
+
+def to_vector_page(vector: CodedVector) -> Tensor:
+    """uint8 ``[1, VectorPageLayout(numel).nbytes]``."""
+    layout = VectorPageLayout(vector.numel)
+    page = torch.zeros(1, layout.nbytes, dtype=torch.uint8, device=vector.codes.device)
+    layout.levels(page)[:] = vector.levels
+    layout.codes(page)[:] = vector.codes
+    return page
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,70 @@
+"""Fixtures shared by all tests: poisoned memory, small models, and fine-tunes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Uninitialised memory holds NaN, so that a result that reads it fails; and every test starts from one seed."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], config: dict | None = None) -> Path:
+    """A single-file checkpoint directory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def plain_tensors(generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+    """Parameters of every shape a checkpoint has: odd and even matrices, conv, vectors, an integer buffer."""
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "embed_tokens.weight": randn(50, 12),
+        "layers.0.proj.weight": randn(24, 12),
+        "layers.0.proj.bias": randn(24),
+        "layers.0.odd.weight": randn(13, 11),
+        "layers.0.norm.weight": 1 + 0.1 * randn(12),
+        "conv.weight": randn(6, 3, 2, 2),
+        "cls_token": randn(1, 1, 12),
+        "position_ids": torch.arange(8),
+    }
+
+
+def fine_tuned(tensors: dict[str, torch.Tensor], scale: float = 0.05, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Every float tensor moved a little."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: t + scale * torch.randn(t.shape, generator=generator).to(t.dtype) if t.is_floating_point() else t.clone()
+        for name, t in tensors.items()
+    }
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> tuple[Path, Path]:
+    """Directories of a base and a fine-tune of it."""
+    base = plain_tensors(torch.Generator().manual_seed(0))
+    config = {"architectures": ["Plain"], "hidden_size": 12}
+    return (
+        write_checkpoint(tmp_path / "base", base, config),
+        write_checkpoint(tmp_path / "tuned", fine_tuned(base), config),
+    )

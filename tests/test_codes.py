@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+from dts_fast.codes import (
+    CodedMatrix,
+    CodedVector,
+    LowRankDelta,
+    PageLayout,
+    VectorPageLayout,
+    dequantize,
+    matrix_shape,
+    num_pages,
+    pack,
+    packed_size,
+    to_pages,
+    to_vector_page,
+    unpack,
+)
+
+
+def random_matrix(n: int, rank: int) -> CodedMatrix:
+    codes = torch.randint(0, 4, (rank, n), dtype=torch.uint8)
+    return CodedMatrix(pack(codes), torch.randn(4), n)
+
+
+def test_pack_by_hand():
+    # Code of element i in bits 2 * (i % 4): 1 + 2*4 + 3*16 + 0*64 = 57, then 2 + padding = 2.
+    assert pack(torch.tensor([1, 2, 3, 0, 2], dtype=torch.uint8)).tolist() == [57, 2]
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (4,), (5, 7), (3, 0), (0, 6), (2, 3, 9)])
+def test_unpack_inverts_pack(shape):
+    codes = torch.randint(0, 4, shape, dtype=torch.uint8)
+    packed = pack(codes)
+    assert packed.shape == (*shape[:-1], packed_size(shape[-1]))
+    assert torch.equal(unpack(packed, shape[-1]), codes)
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 13])
+def test_dequantize_takes_the_level_of_each_code(n):
+    codes = torch.randint(0, 4, (5, n), dtype=torch.uint8)
+    levels = torch.tensor([3.0, 1.0, -1.0, -2.0])
+    assert torch.equal(dequantize(pack(codes), levels, n), levels[codes.long()])
+
+
+def test_dequantize_reads_strided_codes():
+    codes = torch.randint(0, 256, (6, 10), dtype=torch.uint8)
+    levels = torch.randn(4)
+    assert torch.equal(dequantize(codes[::2, 1:9], levels, 30), dequantize(codes[::2, 1:9].contiguous(), levels, 30))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((), None),
+        ((5,), None),
+        ((1, 1, 8), None),
+        ((3, 4), (3, 4)),
+        ((1, 4), (1, 4)),
+        ((1, 7, 8), (7, 8)),
+        ((6, 3, 2, 2), (6, 12)),
+        ((6, 3, 1, 1), (6, 3)),
+    ],
+)
+def test_matrix_shape(shape, expected):
+    assert matrix_shape(shape) == expected
+
+
+def test_low_rank_delta_is_the_sum_of_its_components():
+    u, v, s = random_matrix(7, 3), random_matrix(5, 3), torch.randn(3)
+    delta = LowRankDelta(u, s, v, (7, 5))
+    expected = sum(
+        s[r].double() * torch.outer(u.dequantize(torch.float64)[:, r], v.dequantize(torch.float64)[:, r])
+        for r in range(3)
+    )
+    torch.testing.assert_close(delta.dequantize(torch.float64), expected)
+    torch.testing.assert_close(delta.transpose().dequantize(torch.float64), expected.t())
+    assert delta.nbytes == 3 * 2 + 3 * 2 + 3 * 4 + 2 * 16
+
+
+@pytest.mark.parametrize(("n", "k", "rank"), [(7, 5, 3), (64, 33, 16), (130, 9, 17), (4, 4, 0)])
+def test_pages_hold_the_delta(n, k, rank):
+    delta = LowRankDelta(random_matrix(n, rank), torch.randn(rank), random_matrix(k, rank), (n, k))
+    layout, pages = PageLayout(n, k), to_pages(delta)
+    assert pages.shape == (num_pages(rank), layout.nbytes)
+    assert layout.nbytes % 128 == layout.u_offset % 16 == layout.u_stride % 16 == 0
+    s = layout.s(pages).flatten()
+    assert torch.equal(s[:rank], delta.s)
+    assert torch.equal(s[rank:], torch.zeros(len(s) - rank))
+    u = layout.u_codes(pages).flatten(0, 1)[:rank, : packed_size(n)]
+    v = layout.v_codes(pages).flatten(0, 1)[:rank, : packed_size(k)]
+    assert torch.equal(u, delta.u.codes)
+    assert torch.equal(v, delta.v.codes)
+    for page in range(num_pages(rank)):
+        assert torch.equal(layout.u_levels(pages)[page], delta.u.levels)
+        assert torch.equal(layout.v_levels(pages)[page], delta.v.levels)
+
+
+def test_page_layout_by_hand():
+    # N = 100 takes 25 bytes a rank, padded to 32; K = 33 takes 9, padded to 16.
+    layout = PageLayout(100, 33)
+    assert (layout.v_stride, layout.u_stride, layout.u_offset) == (16, 32, 128 + 16 * 16)
+    assert layout.nbytes == 128 + 16 * 16 + 16 * 32
+
+
+def test_vector_page_holds_the_vector():
+    vector = CodedVector(pack(torch.randint(0, 4, (13,), dtype=torch.uint8)), torch.randn(4), (13,))
+    layout, page = VectorPageLayout(13), to_vector_page(vector)
+    assert page.shape == (1, layout.nbytes)
+    assert torch.equal(dequantize(layout.codes(page)[0], layout.levels(page)[0], 13), vector.dequantize())
