@@ -1,0 +1,337 @@
+"""The adapter directory: read, check, write. The format is specified in docs/format.md.
+
+my_adapter/
+  adapter_config.json          what the adapter is and which base it belongs to
+  adapter_model.safetensors    codes, levels and scales
+  README.md                    the card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .atomic import staged_directory
+from .checkpoint import fetch_from_hub
+from .codes import CodedMatrix, CodedVector, LowRankDelta, matrix_shape, packed_size
+from .errors import AdapterFormatError
+
+FORMAT_VERSION = 1
+PEFT_TYPE = "DTS"
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
+
+_MATRIX_PARTS = ("u_codes", "u_levels", "s", "v_codes", "v_levels")
+_VECTOR_PARTS = ("codes", "levels")
+_METADATA = {"format": "pt"}
+
+# In the order in which the safetensors writer lays dtypes out.
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint8: "U8",
+}
+
+Parameter = LowRankDelta | CodedVector | Tensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One compressed fine-tune in memory.
+
+    Attributes:
+        config: contents of ``adapter_config.json``.
+        parameters: the base's parameter name to its delta; a plain tensor is a parameter stored whole.
+    """
+
+    config: Mapping[str, object]
+    parameters: Mapping[str, Parameter]
+
+    @property
+    def deltas(self) -> dict[str, LowRankDelta | CodedVector]:
+        """The parameters that are deltas of the base's, without those stored whole."""
+        return {name: p for name, p in self.parameters.items() if not isinstance(p, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, levels, scales and whole tensors, without headers."""
+        return sum(p.nbytes for p in self.parameters.values())
+
+
+def tensors_of(name: str, parameter: Parameter) -> dict[str, Tensor]:
+    """The file's tensors for one parameter."""
+    if isinstance(parameter, LowRankDelta):
+        u, v = parameter.u, parameter.v
+        parts = dict(zip(_MATRIX_PARTS, (u.codes, u.levels, parameter.s, v.codes, v.levels), strict=True))
+    elif isinstance(parameter, CodedVector):
+        parts = dict(zip(_VECTOR_PARTS, (parameter.codes, parameter.levels), strict=True))
+    else:
+        return {name: parameter}
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+
+def save_adapter(path: str | Path, adapter: Adapter, card: str, *, overwrite: bool = False) -> None:
+    """Write an adapter directory, whole or not at all.
+
+    Raises:
+        DTSError: the target exists (and ``overwrite`` is false), or the disk is full or not writable.
+    """
+    tensors = {}
+    for name, parameter in adapter.parameters.items():
+        tensors.update(tensors_of(name, parameter))
+    weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=_METADATA)
+    config = finish_config(adapter, hashlib.sha256(weights).hexdigest())
+    with staged_directory(Path(path), overwrite=overwrite, marker=CONFIG_NAME) as staging:
+        (staging / WEIGHTS_NAME).write_bytes(weights)
+        (staging / CONFIG_NAME).write_bytes(encode_config(config))
+        (staging / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def finish_config(adapter: Adapter, weights_sha256: str) -> dict[str, object]:
+    """The configuration as written: with the format, the checksum, and the shapes that the codes do not tell."""
+    shapes = {
+        name: list(parameter.shape)
+        for name, parameter in adapter.deltas.items()
+        if tuple(parameter.shape) != _shape_from_codes(parameter)
+    }
+    fixed = {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION, "inference_mode": True, "task_type": None}
+    return {**adapter.config, **fixed, "shapes": shapes, "weights_sha256": weights_sha256}
+
+
+def encode_config(config: Mapping[str, object]) -> bytes:
+    # One line for each key, lists and maps within a line: diffable, and no byte spent on indentation.
+    lines = (f"  {json.dumps(k)}: {json.dumps(config[k], sort_keys=True)}" for k in sorted(config))
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8")
+
+
+def total_size(adapter: Adapter, card: str) -> int:
+    """Bytes of the three files that `save_adapter` would write; the tensors' data is not looked at."""
+    tensors = {}
+    for name, parameter in adapter.parameters.items():
+        tensors.update(tensors_of(name, parameter))
+    config = encode_config(finish_config(adapter, "0" * 64))
+    return weights_size(tensors) + len(config) + len(card.encode("utf-8"))
+
+
+def weights_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a safetensors file with these tensors, header included, without building it."""
+    order = list(_DTYPE_NAMES)
+    offset, header = 0, {"__metadata__": _METADATA}
+    # In the writer's order, because the offsets' digits are part of the header.
+    for name in sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name)):
+        tensor = tensors[name]
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    return 8 + -(-len(text) // 8) * 8 + offset
+
+
+def directory_size(path: str | Path) -> int:
+    """Bytes of all files of an adapter directory."""
+    return sum(file.stat().st_size for file in Path(path).iterdir())
+
+
+def load_adapter(path: str | Path, *, verify_checksum: bool = True) -> Adapter:
+    """Read an adapter directory or hub id after checking all of it.
+
+    Names, shapes, dtypes and the format version are checked from the headers before any tensor is allocated.
+
+    Args:
+        verify_checksum: compare the weights with the SHA-256 in the config; turn it off only where the same file
+            was verified before.
+
+    Raises:
+        AdapterFormatError: anything missing, damaged, inconsistent or of an unknown version.
+        CheckpointError: a hub id that the hub does not give.
+    """
+    folder = Path(path)
+    if not folder.exists() and len(Path(path).parts) == 2:
+        folder = fetch_from_hub(str(path))
+    config = read_config(folder)
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        raise AdapterFormatError(f"{folder}: expected {WEIGHTS_NAME} beside {CONFIG_NAME}, found none.")
+    try:
+        with safe_open(weights, framework="pt") as handle:
+            headers = {}
+            for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
+                part = handle.get_slice(name)
+                headers[name] = (part.get_dtype(), tuple(part.get_shape()))
+            layout = _check_headers(weights, headers, config["shapes"])
+            if verify_checksum:
+                _check_checksum(weights, str(config["weights_sha256"]))
+            parameters = {name: _read(handle, name, kind, shape) for name, (kind, shape) in layout.items()}
+    except (SafetensorError, OSError) as error:
+        raise AdapterFormatError(
+            f"{weights}: damaged ({error}). It may be truncated; copy or download the adapter again."
+        ) from error
+    if len(config["errors"]) != len(parameters):
+        raise AdapterFormatError(
+            f"{folder}: the config records {len(config['errors'])} errors for {len(parameters)} parameters."
+        )
+    _check_values(weights, parameters)
+    return Adapter(config, parameters)
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """``adapter_config.json``, checked.
+
+    Raises:
+        AdapterFormatError: missing, not JSON, not a DTS adapter, an unknown version, or fields of wrong types.
+    """
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise AdapterFormatError(f"{folder}: expected an adapter directory with {CONFIG_NAME}, found none.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterFormatError(f"{file}: not valid JSON ({error}).") from error
+    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
+        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterFormatError(f"{file}: expected peft_type {PEFT_TYPE!r}, got {found!r}; not a dts_fast adapter.")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise AdapterFormatError(
+            f"{file}: unknown format_version {config.get('format_version')!r}; this release reads {FORMAT_VERSION}. "
+            "Upgrade dts_fast."
+        )
+    kinds = {
+        "shapes": dict,
+        "weights_sha256": str,
+        "base_fingerprint": str,
+        "base_model_name_or_path": str,
+        "errors": list,
+        "base_nbytes": int,
+        "model_config": dict,
+        "tied": dict,
+    }
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind):
+            raise AdapterFormatError(f"{file}: expected {key!r} of type {kind.__name__}, got {config.get(key)!r}.")
+    return config
+
+
+def _check_headers(
+    file: Path, headers: Mapping[str, tuple[str, tuple[int, ...]]], shapes: Mapping[str, object]
+) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """Group the file's tensors by parameter and check dtypes and shapes.
+
+    Returns:
+        parameter name to ("matrix" | "vector" | "whole", the parameter's shape).
+    """
+    layout: dict[str, tuple[str, tuple[int, ...] | None]] = {}
+    remaining = set(headers)
+
+    def take(name: str, part: str, dtype: str, rank: int) -> tuple[int, ...]:
+        full = f"{name}.{part}"
+        if full not in headers:
+            raise AdapterFormatError(f"{file}: parameter {name!r} is incomplete, {full!r} is missing.")
+        found, shape = headers[full]
+        if found != dtype or len(shape) != rank:
+            raise AdapterFormatError(
+                f"{file}: {full!r}: expected {dtype} with {rank} dimensions, got {found} {list(shape)}."
+            )
+        remaining.discard(full)
+        return shape
+
+    for full in sorted(headers):
+        name, _, part = full.rpartition(".")
+        if part == "u_codes":
+            u, v = take(name, "u_codes", "U8", 2), take(name, "v_codes", "U8", 2)
+            s = take(name, "s", "F32", 1)
+            levels = take(name, "u_levels", "F32", 1), take(name, "v_levels", "F32", 1)
+            shape = _declared_shape(file, name, shapes) or (4 * u[1], 4 * v[1])
+            n, k = matrix_shape(shape) or (0, 0)
+            if not (
+                u[0] == v[0] == s[0] and levels == ((4,), (4,)) and (packed_size(n), packed_size(k)) == (u[1], v[1])
+            ):
+                raise AdapterFormatError(
+                    f"{file}: parameter {name!r} of shape {list(shape)} has inconsistent parts: u_codes {list(u)}, "
+                    f"v_codes {list(v)}, s {list(s)}, levels {levels}; expected [r, {packed_size(n)}], "
+                    f"[r, {packed_size(k)}], [r] and [4]."
+                )
+            layout[name] = ("matrix", shape)
+        elif part == "codes" and f"{name}.levels" in headers:
+            codes, levels = take(name, "codes", "U8", 1), take(name, "levels", "F32", 1)
+            shape = _declared_shape(file, name, shapes) or (4 * codes[0],)
+            if levels != (4,) or packed_size(math.prod(shape)) != codes[0]:
+                raise AdapterFormatError(
+                    f"{file}: parameter {name!r} of shape {list(shape)} has inconsistent parts: codes {list(codes)}, "
+                    f"levels {list(levels)}; expected [{packed_size(math.prod(shape))}] and [4]."
+                )
+            layout[name] = ("vector", shape)
+    for full in sorted(remaining):
+        name, _, part = full.rpartition(".")
+        if part in ("u_levels", "v_codes", "v_levels", "codes", "levels"):
+            raise AdapterFormatError(f"{file}: {full!r} stands without the other parts of parameter {name!r}.")
+        if full in layout:
+            raise AdapterFormatError(f"{file}: parameter {full!r} is stored both whole and as a delta.")
+        layout[full] = ("whole", None)
+    unknown = sorted(set(shapes) - set(layout))
+    if unknown:
+        raise AdapterFormatError(f"{file}: the config gives a shape for {unknown[0]!r}, which is not in the file.")
+    return layout
+
+
+def _declared_shape(file: Path, name: str, shapes: Mapping[str, object]) -> tuple[int, ...] | None:
+    shape = shapes.get(name)
+    if shape is None:
+        return None
+    if not isinstance(shape, list) or not all(type(d) is int and 0 < d < 2**40 for d in shape):
+        raise AdapterFormatError(f"{file}: shape of {name!r}: expected a list of positive integers, got {shape!r}.")
+    return tuple(shape)
+
+
+def _read(handle: safe_open, name: str, kind: str, shape: tuple[int, ...] | None) -> Parameter:
+    # Cloned: the handle's tensors keep the whole file mapped, and a file that is later changed would change them.
+    if kind == "whole":
+        return handle.get_tensor(name).clone()
+    if kind == "vector":
+        codes, levels = (handle.get_tensor(f"{name}.{part}").clone() for part in _VECTOR_PARTS)
+        return CodedVector(codes, levels, shape)
+    parts = {part: handle.get_tensor(f"{name}.{part}").clone() for part in _MATRIX_PARTS}
+    n, k = matrix_shape(shape)
+    u = CodedMatrix(parts["u_codes"], parts["u_levels"], n)
+    v = CodedMatrix(parts["v_codes"], parts["v_levels"], k)
+    return LowRankDelta(u, parts["s"], v, shape)
+
+
+def _check_checksum(file: Path, expected: str) -> None:
+    with file.open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else None
+        if found is None:  # Python 3.10
+            found = hashlib.sha256(handle.read()).hexdigest()
+    if found != expected:
+        raise AdapterFormatError(
+            f"{file}: damaged: SHA-256 is {found[:16]}..., the config says {expected[:16]}.... Copy or download the "
+            "adapter again."
+        )
+
+
+def _check_values(file: Path, parameters: Mapping[str, Parameter]) -> None:
+    """Scales and levels must be finite; every code is valid by construction."""
+    for name, parameter in parameters.items():
+        for part, tensor in tensors_of(name, parameter).items():
+            if tensor.dtype == torch.float32 and not bool(torch.isfinite(tensor).all()):
+                raise AdapterFormatError(f"{file}: {part!r} holds NaN or Inf; expected finite values.")
+
+
+def _shape_from_codes(parameter: LowRankDelta | CodedVector) -> tuple[int, ...]:
+    """The shape a reader assumes when the config declares none."""
+    if isinstance(parameter, CodedVector):
+        return (4 * parameter.codes.shape[0],)
+    return (4 * parameter.u.codes.shape[1], 4 * parameter.v.codes.shape[1])

@@ -1,0 +1,88 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import DTSError
+
+
+def check_target(target: Path, *, overwrite: bool, marker: str) -> None:
+    """Refuse a target early, before work is spent on it.
+
+    Args:
+        marker: a file that tells that an existing directory is of the kind about to be written; any other is kept.
+
+    Raises:
+        DTSError: it exists and must not be overwritten, or its parent is not writable.
+    """
+    if target.exists():
+        if not overwrite:
+            raise DTSError(f"{target} exists already; nothing was changed. Choose another path, or pass --overwrite.")
+        if not (target / marker).is_file():
+            raise DTSError(f"{target} exists and holds no {marker}, so it is something else; it is not overwritten.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise DTSError(f"{target.parent} is not writable ({error}). Choose another --out-path.") from error
+
+
+@contextmanager
+def staged_directory(target: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
+    """A hidden directory beside ``target`` to write files in; on leaving it is synced and renamed to ``target``.
+
+    A process that is killed on the way leaves no directory of the target's name.
+
+    Raises:
+        DTSError: see `check_target`; or the disk is full or not writable, in which case nothing is left behind.
+    """
+    check_target(target, overwrite=overwrite, marker=marker)
+    staging = None
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        yield staging
+        staging.chmod(0o755)  # mkdtemp's private mode is for temporary files
+        for file in (*staging.iterdir(), staging):
+            _sync(file)
+        _replace(staging, target)
+        _sync(target.parent)
+    except BaseException as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise DTSError(
+                f"{target} cannot be written ({error}). Nothing was left there; free space or choose another "
+                "--out-path."
+            ) from error
+        raise
+
+
+def _replace(staging: Path, target: Path) -> None:
+    """Rename into place; an old directory of that name is kept aside until the new one stands."""
+    if not target.exists():
+        os.rename(staging, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    os.rename(target, aside / target.name)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        os.rename(aside / target.name, target)
+        raise
+    finally:
+        if not (aside / target.name).exists() or target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
