@@ -1,0 +1,319 @@
+"""`DTSModel`: a Hugging Face model with many adapters on one resident base, under PEFT's verbs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_file import Adapter, Parameter, load_adapter
+from .bank import BASE, SlotTable
+from .checkpoint import Checkpoint, common_prefix
+from .errors import BaseMismatchError, CheckpointError, DTSError
+from .fingerprint import check_fingerprint
+from .nn import DTSModule, wrap
+from .routing import current_route, route
+
+DEFAULT_ADAPTER = "default"
+
+
+class DTSModel(nn.Module):
+    """A model whose rows may each use another adapter.
+
+    The model's own modules stay in memory once; layers that an adapter changes are wrapped in place.
+
+    Args:
+        model: a `transformers` model, or any module whose parameters carry the checkpoint's names.
+        max_adapters: how many adapters may be loaded at a time.
+    """
+
+    def __init__(self, model: nn.Module, max_adapters: int = 8) -> None:
+        super().__init__()
+        self.model = model
+        self.slots = SlotTable(max_adapters)
+        self.adapter_configs: dict[str, Mapping[str, object]] = {}
+        # Before anything is wrapped: the checkpoint's names are those of the bare model. Tied parameters have
+        # several names.
+        self._modules_by_path = dict(model.named_modules())
+        self._parameters_by_name = dict(model.named_parameters(remove_duplicate=False))
+        self._names_in_checkpoint = _names_in_checkpoint(model)
+        self._wrappers: dict[str, DTSModule] = {}
+        self._hooks = [
+            model.register_forward_pre_hook(_expand_route, with_kwargs=True),
+            model.register_forward_hook(_restore_route, always_call=True),
+        ]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_model: nn.Module | str | Path,
+        adapter: str | Path,
+        adapter_name: str = DEFAULT_ADAPTER,
+        *,
+        max_adapters: int = 8,
+        verify_base: bool = True,
+        **model_kwargs: object,
+    ) -> DTSModel:
+        """Load a base model with a first adapter, which becomes the active one.
+
+        Args:
+            base_model: a loaded model, or a directory, ``.safetensors`` file or hub id. From a path, the model class
+                is the one the fine-tune had, so that its head is there.
+            adapter: adapter directory or hub id.
+            model_kwargs: for the ``from_pretrained`` of transformers (``dtype``, ``device_map``, ...).
+
+        Raises:
+            AdapterFormatError, BaseMismatchError: see `load_adapter`.
+            CheckpointError: the base cannot be read.
+        """
+        loaded = load_adapter(adapter)
+        if not isinstance(base_model, nn.Module):
+            base_model = _load_base(base_model, loaded.config["model_config"], model_kwargs)
+        model = cls(base_model, max_adapters)
+        model._attach(loaded, adapter_name, verify_base)
+        model.set_adapter(adapter_name)
+        return model
+
+    def load_adapter(self, adapter: str | Path, adapter_name: str, *, verify_base: bool = True) -> None:
+        """Load one more adapter; the active one stays.
+
+        Args:
+            adapter: adapter directory or hub id.
+            adapter_name: what `set_adapter` and ``adapter_names`` will call it.
+            verify_base: compare the base's weights with the adapter's fingerprint; turn it off for a quantised base.
+
+        Raises:
+            AdapterFormatError: the adapter is damaged or of an unknown version.
+            BaseMismatchError: it was made for another base. Nothing is loaded.
+            CapacityError: all slots are taken.
+            DTSError: the name is taken.
+        """
+        self._attach(load_adapter(adapter), adapter_name, verify_base)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the loaded adapters."""
+        return self.slots.names
+
+    @property
+    def active_adapter(self) -> str:
+        return self.slots.active
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """What every row uses where no ``adapter_names`` are given. Copies nothing.
+
+        Raises:
+            UnknownAdapterError: no such adapter; the message lists those there are.
+        """
+        self.slots.slot(adapter_name)
+        self.slots.active = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Free an adapter's slot and pages.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+        """
+        slot = self.slots.release(adapter_name)
+        del self.adapter_configs[adapter_name]
+        for wrapper in self._wrappers.values():
+            wrapper.clear_slot(slot)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within, every row uses the base alone."""
+        with route(BASE):
+            yield
+
+    def forward(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
+        """The model's forward; ``adapter_names`` gives one name for all rows, or one for each."""
+        with self._routed(adapter_names):
+            return self.model(*args, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
+        """``generate`` of transformers; ``adapter_names`` as in `forward`, one name for each prompt also with beams
+        or several return sequences."""
+        with self._routed(adapter_names, expandable=True):
+            return self.model.generate(*args, **kwargs)
+
+    def merge_and_unload(self, adapter_name: str | None = None) -> nn.Module:
+        """Add one adapter to the base's weights (in their dtype) and return the bare model.
+
+        Args:
+            adapter_name: the active one if None; ``"__base__"`` unloads without merging.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+        """
+        slot = self.slots.slot(adapter_name or self.slots.active)
+        # All are computed before any is written: layers with tied weights share a parameter.
+        merged = [(wrapper, wrapper.dense_parameters(slot)) for wrapper in self._wrappers.values()]
+        for wrapper, parameters in merged:
+            for name, value in parameters.items():
+                wrapper.base_layer.get_parameter(name).data = value
+        for path in list(self._wrappers):
+            self._put(path, self._wrappers.pop(path).base_layer)
+        for name in self.slots.names:
+            self.slots.release(name)
+        self.adapter_configs.clear()
+        for hook in self._hooks:
+            hook.remove()
+        return self.model
+
+    def _routed(self, adapter_names, expandable: bool = False):
+        if adapter_names is None:
+            return nullcontext()
+        chosen = route(adapter_names, expandable=expandable)
+        for name in {adapter_names} if isinstance(adapter_names, str) else set(chosen.adapter_names):
+            self.slots.slot(name)  # an unknown name is refused before anything runs
+        return chosen
+
+    def _attach(self, adapter: Adapter, adapter_name: str, verify_base: bool) -> None:
+        slot = self.slots.free_slot(adapter_name)
+        strip, add = common_prefix(self._names_in_checkpoint, adapter.parameters)
+        live = {add + name.removeprefix(strip): own for name, own in self._names_in_checkpoint.items()}
+        missing = [name for name in adapter.deltas if name not in live]
+        if missing:
+            raise BaseMismatchError(
+                f"the model has no parameters for {len(missing)} of {len(adapter.parameters)} entries of the adapter "
+                f"(first: {missing[0]}). Expected {adapter.config['base_model_name_or_path']}, got "
+                f"{type(self.model).__name__}."
+            )
+        owners: dict[str, dict[str, Parameter]] = {}
+        for name, parameter in adapter.parameters.items():
+            if name not in live:
+                warnings.warn(
+                    f"{type(self.model).__name__} has no parameter {name!r}, which the adapter stores whole; it is "
+                    "not used. Load the base by its path to get the fine-tune's model class.",
+                    stacklevel=3,
+                )
+                continue
+            for path, leaf in self._owners(live[name]):
+                owners.setdefault(path, {})[leaf] = parameter
+        for path, parameters in owners.items():
+            (self._wrappers.get(path) or DTSModule(self._modules_by_path[path], slots=self.slots)).check_parameters(
+                parameters
+            )
+        if verify_base:
+            current = {name: self._parameters_by_name[live[name]] for name in adapter.deltas}
+            check_fingerprint(
+                str(adapter.config["base_fingerprint"]), current, str(adapter.config["base_model_name_or_path"])
+            )
+        loaded = []
+        try:
+            for path, parameters in owners.items():
+                if path not in self._wrappers:
+                    wrapper = wrap(self._modules_by_path[path], self.slots)
+                    self._wrappers[path] = wrapper
+                    self._put(path, wrapper)
+                loaded.append(self._wrappers[path])
+                self._wrappers[path].load_slot(slot, parameters)
+        except DTSError:
+            for wrapper in loaded:
+                wrapper.clear_slot(slot)
+            raise
+        self.slots.occupy(adapter_name, slot)
+        self.adapter_configs[adapter_name] = adapter.config
+
+    def _owners(self, name: str) -> list[tuple[str, str]]:
+        """Modules that use a parameter, with its name in each: several where weights are tied."""
+        shared = self._parameters_by_name[name]
+        owners = []
+        for alias, parameter in self._parameters_by_name.items():
+            if parameter is shared:
+                path, _, leaf = alias.rpartition(".")
+                parent, _, child = path.rpartition(".")
+                # MultiheadAttention reads its projection's weight without calling it: a wrapper there is never asked.
+                if isinstance(self._modules_by_path.get(parent), nn.MultiheadAttention):
+                    path, leaf = parent, f"{child}.{leaf}"
+                owners.append((path, leaf))
+        return owners
+
+    def _put(self, path: str, module: nn.Module) -> None:
+        """Put a module in the place of the one that had this path in the bare model."""
+        if not path:
+            self.model = module
+            return
+        parent, _, child = path.rpartition(".")
+        setattr(self._modules_by_path[parent], child, module)
+
+
+# generate() multiplies the batch for beams and return sequences. The model's main input tells the true number of rows,
+# which inputs shared by all rows (position ids) would not.
+
+
+class _ExpandedRoute(route):
+    """The route of one forward pass within generate()."""
+
+
+def _expand_route(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    current = current_route()
+    if current is not None and current.expandable:
+        rows = next((t.shape[0] for t in (*args, *_main_inputs(kwargs)) if isinstance(t, Tensor)), None)
+        if rows is not None:
+            _ExpandedRoute(current.names_for(rows)).__enter__()
+
+
+def _restore_route(module: nn.Module, args: tuple, output: object) -> None:
+    current = current_route()
+    if isinstance(current, _ExpandedRoute):
+        current.__exit__()
+
+
+def _main_inputs(kwargs: Mapping[str, object]) -> list[object]:
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
+    return [kwargs.get(name) for name in names]
+
+
+def _names_in_checkpoint(model: nn.Module) -> dict[str, str]:
+    """The name each parameter has in a checkpoint of this model, to its name in the model.
+
+    The two differ where transformers renames on loading (ViT's ``encoder.layer.0.attention...query`` is
+    ``layers.0.attention.q_proj`` in memory); it can tell what saving would turn a state dict into.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = {name: name for name in parameters}
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # no transformers, or a release that does not rename
+        return names
+    if not isinstance(model, PreTrainedModel):
+        return names
+    # Tied parameters are one tensor under several names; a view of each keeps the names apart.
+    views = {name: parameter.detach() for name, parameter in parameters.items()}
+    own_name = {id(view): name for name, view in views.items()}
+    for name, view in revert_weight_conversion(model, views).items():
+        if id(view) in own_name:  # a tensor that saving would split or fuse has no single name
+            names.pop(own_name[id(view)], None)
+            names[name] = own_name[id(view)]
+    return names
+
+
+def _load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:
+    """The base's weights in the model class of the fine-tune."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise DTSError(
+            "loading a base model by its path needs transformers: pip install 'dts_fast[hf]', or pass a loaded model."
+        ) from error
+    checkpoint = Checkpoint.open(base_model)
+    settings = {**checkpoint.config, **changed}
+    if not checkpoint.config:
+        raise CheckpointError(f"{base_model}: expected a config.json beside the weights, found none.")
+    architecture = (settings.get("architectures") or [None])[0]
+    model_class = getattr(transformers, str(architecture), transformers.AutoModel)
+    config = transformers.AutoConfig.for_model(**settings)
+    path = Path(base_model)
+    if path.is_file():
+        weights = {name: checkpoint.get(name) for name in checkpoint.tensors}
+        if model_class is transformers.AutoModel:
+            model_class = type(model_class.from_config(config))
+        return model_class.from_pretrained(None, config=config, state_dict=weights, **model_kwargs).eval()
+    return model_class.from_pretrained(str(base_model), config=config, **model_kwargs).eval()

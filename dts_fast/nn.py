@@ -1,0 +1,356 @@
+"""Layers that serve many adapters on one resident base: `DTSLinear`, `DTSEmbedding`, and `DTSModule` for the rest.
+
+A wrapper holds the original layer as ``base_layer`` and answers for its attributes, so that code which reads
+``layer.weight`` goes on working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import ops, reference
+from .bank import Bank, SlotTable
+from .codes import CodedVector, LowRankDelta, PageLayout, VectorPageLayout, to_pages, to_vector_page
+from .errors import BaseMismatchError, RoutingError
+from .routing import current_slots, narrowed, slot_ids
+
+Parameter = LowRankDelta | CodedVector | Tensor
+Slots = int | list[int]
+
+_FAST = object()  # the rows that no stored slot claims
+
+
+class DTSModule(nn.Module):
+    """Any layer with adapters for its own parameters: runs the layer once for each distinct adapter of a batch.
+
+    Correct for every layer whose inputs and outputs have the batch as first dimension. The subclasses do better for
+    the layers that carry most weights, and fall back to this for what they cannot hold.
+
+    Args:
+        base_layer: the layer; its parameters stay where they are.
+        max_adapters: slots, where no ``slots`` table is shared.
+        slots: table of names shared with other layers of a model.
+    """
+
+    def __init__(self, base_layer: nn.Module, max_adapters: int = 8, *, slots: SlotTable | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.slots = slots or SlotTable(max_adapters)
+        # slot -> parameter name -> delta, or the tensor that stands in the parameter's place
+        self.stored: dict[int, dict[str, Parameter]] = {}
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def load_adapter(self, name: str, delta: LowRankDelta | None = None, **parameters: Parameter) -> None:
+        """Load an adapter for this layer.
+
+        Args:
+            name: what `route` and `set_adapter` will call it.
+            delta: delta of ``weight``.
+            parameters: by parameter name; deltas (`LowRankDelta`, `CodedVector`), or tensors that take the
+                parameter's place (new heads).
+
+        Raises:
+            DTSError: the name is taken.
+            CapacityError: no slot or page is free.
+            BaseMismatchError: shapes differ from the base's.
+        """
+        if delta is not None:
+            parameters["weight"] = delta
+        slot = self.slots.free_slot(name)
+        self.check_parameters(parameters)
+        self.load_slot(slot, parameters)
+        self.slots.occupy(name, slot)
+
+    def check_parameters(self, parameters: Mapping[str, Parameter]) -> None:
+        """Refuse deltas that do not fit this layer.
+
+        Raises:
+            BaseMismatchError: an unknown parameter name, or another shape than the base's.
+        """
+        own = dict(self.base_layer.named_parameters())
+        kind = type(self.base_layer).__name__
+        for name, parameter in parameters.items():
+            if name not in own:
+                raise BaseMismatchError(f"{kind} has no parameter {name!r}; it has {', '.join(own) or 'none'}.")
+            if not isinstance(parameter, Tensor) and tuple(parameter.shape) != tuple(own[name].shape):
+                raise BaseMismatchError(
+                    f"parameter {name!r} of {kind}: the base has shape {list(own[name].shape)}, the adapter "
+                    f"{list(parameter.shape)}. Attach it to the base it was made for."
+                )
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter and free its slot."""
+        self.clear_slot(self.slots.release(name))
+
+    def set_adapter(self, name: str) -> None:
+        """What rows use outside any `route`; ``"__base__"`` for none."""
+        self.slots.slot(name)
+        self.slots.active = name
+
+    def dense_parameters(self, slot: int) -> dict[str, Tensor]:
+        """The personalised parameters of a slot, materialised in the base's dtypes."""
+        dense = {}
+        for name, parameter in self.parameters_of(slot).items():
+            base = self.base_layer.get_parameter(name).detach()
+            if isinstance(parameter, Tensor):
+                dense[name] = parameter.to(base.device, base.dtype)
+            else:
+                dense[name] = (base.float() + parameter.dequantize().to(base.device)).to(base.dtype)
+        return dense
+
+    # A subclass may hold a slot in its own way; these four belong together.
+
+    def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
+        """`load_adapter` for a slot of a shared table, with checked parameters."""
+        self.stored[slot] = dict(parameters)
+
+    def clear_slot(self, slot: int) -> None:
+        """Free what a slot holds in this layer."""
+        self.stored.pop(slot, None)
+
+    def parameters_of(self, slot: int) -> Mapping[str, Parameter]:
+        """What a slot changes in this layer, by parameter name."""
+        return self.stored.get(slot, {})
+
+    def forward_fast(self, slots: Slots, *args, **kwargs):
+        """Forward for slots that are not in ``stored``: here they change nothing."""
+        return self.base_layer(*args, **kwargs)
+
+    def forward(self, *args, **kwargs):
+        rows = _batch_rows(args, kwargs)
+        slots = current_slots(self.slots, rows)
+        if isinstance(slots, int):
+            return self._forward_one(slots, args, kwargs)
+        if rows == 1:
+            # An input shared by all rows (position ids, say) becomes one for each where their adapters differ.
+            args, kwargs = _map_rows(lambda t: t.expand(len(slots), *t.shape[1:]), 1, args, kwargs)
+            rows = len(slots)
+        groups: dict[object, list[int]] = {}
+        for row, slot in enumerate(slots):
+            groups.setdefault(slot if slot in self.stored else _FAST, []).append(row)
+        if groups.keys() == {_FAST}:
+            return self.forward_fast(slots, *args, **kwargs)
+        results = []
+        for members in groups.values():
+            index = torch.tensor(members)
+            part = _map_rows(lambda t, index=index: t[index.to(t.device)], rows, args, kwargs)
+            part_slots = [slots[row] for row in members]
+            with narrowed(members, rows):
+                if part_slots[0] in self.stored:
+                    results.append(self._forward_one(part_slots[0], *part))
+                else:
+                    results.append(self.forward_fast(part_slots, *part[0], **part[1]))
+        return _merge_rows(results, list(groups.values()))
+
+    def _forward_one(self, slot: int, args, kwargs):
+        if slot not in self.stored:
+            return self.forward_fast(slot, *args, **kwargs)
+        return torch.func.functional_call(self.base_layer, self.dense_parameters(slot), args, kwargs)
+
+
+class _BankedModule(DTSModule):
+    """A layer whose ``weight`` deltas lie in a bank of rank pages, and whose ``bias`` deltas in a bank of vectors."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        shape: tuple[int, int],
+        max_adapters: int,
+        slots: SlotTable | None,
+        max_rank: int | None,
+    ) -> None:
+        super().__init__(base_layer, max_adapters, slots=slots)
+        self.layout = PageLayout(*shape)
+        device, capacity = base_layer.weight.device, self.slots.capacity
+        per_slot = None if max_rank is None else -(-max_rank // 16)
+        num_pages = None if per_slot is None else per_slot * capacity
+        self.bank = Bank(self.layout.nbytes, capacity, num_pages=num_pages, pages_per_slot=per_slot, device=device)
+        self.bias_bank: Bank | None = None
+        # Which parameters each slot changes; a slot that is not here costs the layer nothing.
+        self.loaded: dict[int, frozenset[str]] = {}
+
+    def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
+        if not all(
+            (isinstance(p, LowRankDelta) and name == "weight") or (isinstance(p, CodedVector) and name == "bias")
+            for name, p in parameters.items()
+        ):
+            return super().load_slot(slot, parameters)
+        if "weight" in parameters:
+            self.bank.load(slot, to_pages(self._oriented(parameters["weight"])))
+        if "bias" in parameters:
+            if self.bias_bank is None:
+                nbytes = VectorPageLayout(parameters["bias"].numel).nbytes
+                self.bias_bank = Bank(nbytes, self.slots.capacity, device=self.bank.pages.device)
+            self.bias_bank.load(slot, to_vector_page(parameters["bias"]))
+        self.loaded[slot] = frozenset(parameters)
+        return None
+
+    def clear_slot(self, slot: int) -> None:
+        super().clear_slot(slot)
+        if self.loaded.pop(slot, None):
+            self.bank.evict(slot)
+            if self.bias_bank is not None:
+                self.bias_bank.evict(slot)
+
+    def dense_parameters(self, slot: int) -> dict[str, Tensor]:
+        if slot not in self.loaded:
+            return super().dense_parameters(slot)
+        dense = {}
+        for name in self.loaded[slot]:
+            base = self.base_layer.get_parameter(name).detach()
+            if name == "weight":
+                pages, lists, weights = self.bank.tensors
+                delta = self._oriented(reference.dense_delta(self.layout, pages, lists[slot], weights[slot]))
+            else:
+                ids = slot_ids(slot, 1, base.device)
+                delta = reference.vector_delta(base.numel(), *self.bias_bank.tensors, ids)[0]
+            dense[name] = (base.float() + delta).to(base.dtype)
+        return dense
+
+    def _oriented(self, matrix):
+        """Between the parameter's orientation and the bank's ``[N, K]``; its own inverse."""
+        return matrix
+
+    def _touched(self, slots: Slots) -> bool:
+        """Whether any of these slots changes this layer."""
+        return slots in self.loaded if isinstance(slots, int) else any(slot in self.loaded for slot in slots)
+
+    def _touches_bias(self, slots: Slots) -> bool:
+        distinct = {slots} if isinstance(slots, int) else set(slots)
+        return any("bias" in self.loaded.get(slot, ()) for slot in distinct)
+
+
+class DTSLinear(_BankedModule):
+    """A linear layer that computes base and delta in one go, each row with its own adapter.
+
+        y = x W^T + b + ((x V) * s) U^T
+
+    Args:
+        base_layer: `torch.nn.Linear`, a layer like GPT-2's ``Conv1D`` (weight ``[in, out]``), or any layer with a
+            2-D ``weight`` that acts like a linear. A plain `torch.nn.Linear` runs through the fused op, any other
+            runs itself and has the delta added.
+        max_adapters: slots, where no ``slots`` table is shared.
+        max_rank: fixes the capacity, so that loading never allocates: every slot may take this rank. None lets the
+            bank grow when a load needs it.
+        slots: table of names shared with other layers of a model.
+
+    Input ``[..., in_features]``, first dimension the batch; output ``[..., out_features]`` in the same dtype.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        max_adapters: int = 8,
+        *,
+        max_rank: int | None = None,
+        slots: SlotTable | None = None,
+    ) -> None:
+        # Conv1D of transformers keeps its weight as [in, out]; known by name, because this file imports no models.
+        self_transposed = type(base_layer).__name__ == "Conv1D"
+        n, k = reversed(base_layer.weight.shape) if self_transposed else base_layer.weight.shape
+        super().__init__(base_layer, (n, k), max_adapters, slots, max_rank)
+        self.transposed = self_transposed
+        self.in_features, self.out_features = k, n
+
+    def _oriented(self, matrix):
+        if not self.transposed:
+            return matrix
+        return matrix.transpose() if isinstance(matrix, LowRankDelta) else matrix.t()
+
+    def forward_fast(self, slots: Slots, x: Tensor) -> Tensor:
+        if not self._touched(slots):
+            return self.base_layer(x)
+        rows = x.reshape(-1, self.in_features)
+        ids = slot_ids(slots, rows.shape[0], x.device)
+        if type(self.base_layer) is nn.Linear:
+            y = ops.linear(rows, self.base_layer.weight, self.base_layer.bias, *self.bank.tensors, ids)
+        else:
+            y = self.base_layer(x).reshape(-1, self.out_features)
+            ops.add_delta_(y, rows, *self.bank.tensors, ids)
+        if self._touches_bias(slots):
+            delta = reference.vector_delta(self.out_features, *self.bias_bank.tensors, ids)
+            y = (y + delta).to(y.dtype)
+        return y.unflatten(0, x.shape[:-1])
+
+
+class DTSEmbedding(_BankedModule):
+    """An embedding table with adapters: looks up base rows and adds ``(U[ids] * s) V^T``.
+
+    Args:
+        base_layer: `torch.nn.Embedding`.
+        max_adapters, max_rank, slots: see `DTSLinear`.
+
+    Input: int ids ``[B, ...]``; output ``[B, ..., embedding_dim]`` in the table's dtype.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Embedding,
+        max_adapters: int = 8,
+        *,
+        max_rank: int | None = None,
+        slots: SlotTable | None = None,
+    ) -> None:
+        super().__init__(base_layer, tuple(base_layer.weight.shape), max_adapters, slots, max_rank)
+
+    def forward_fast(self, slots: Slots, ids: Tensor) -> Tensor:
+        y = self.base_layer(ids)
+        if not self._touched(slots):
+            return y
+        flat = ids.reshape(-1)
+        routed = slot_ids(slots, flat.shape[0], ids.device)
+        delta = reference.embedding_delta(flat, self.layout, *self.bank.tensors, routed)
+        return (y + delta.reshape(y.shape)).to(y.dtype)
+
+
+def wrap(layer: nn.Module, slots: SlotTable) -> DTSModule:
+    """The wrapper that serves a layer best."""
+    if type(layer) is nn.Embedding:
+        return DTSEmbedding(layer, slots=slots)
+    if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
+        return DTSLinear(layer, slots=slots)
+    return DTSModule(layer, slots=slots)
+
+
+def _batch_rows(args, kwargs) -> int:
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    raise RoutingError("a DTS layer was called without any tensor that has a batch dimension.")
+
+
+def _map_rows(function, rows: int, args, kwargs):
+    """Apply ``function`` to every tensor of the arguments whose first dimension is the batch."""
+
+    def on_leaf(leaf):
+        return function(leaf) if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows else leaf
+
+    return pytree.tree_map(on_leaf, (tuple(args), dict(kwargs)))
+
+
+def _merge_rows(results: list, members: list[list[int]]):
+    """Outputs of parts of a batch, back in the order of its rows."""
+    order = torch.tensor([row for part in members for row in part]).argsort()
+
+    def merge(*leaves):
+        if not isinstance(leaves[0], Tensor):
+            return leaves[0]
+        if len({leaf.shape[1:] for leaf in leaves}) > 1:
+            raise RoutingError(
+                f"the adapters of this batch give outputs of different shapes, {[list(t.shape[1:]) for t in leaves]} "
+                "a row (heads of different sizes); run them in separate batches."
+            )
+        return torch.cat(leaves)[order.to(leaves[0].device)]
+
+    return pytree.tree_map(merge, *results)

@@ -1,0 +1,221 @@
+"""The ops ``torch.ops.dts_fast``: schemas, checks, fake kernels, gradients and the plain-torch registration.
+
+The schemas are defined here, so that the ops exist without a compiler; a native kernel registers itself for its
+device against them (``TORCH_LIBRARY_IMPL`` in csrc/) and then takes precedence over the plain-torch one.
+
+Shape symbols: M rows, N out, K in, P pages, S slots, L pages a slot may list.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import native, reference  # noqa: F401  (native registers its kernels against the schemas below)
+from .codes import PageLayout
+
+_LIBRARY = torch.library.Library("dts_fast", "DEF")
+_BANK = "Tensor pages, Tensor slot_pages, Tensor slot_weights, Tensor slot_ids"
+_LIBRARY.define(f"linear(Tensor x, Tensor weight, Tensor? bias, {_BANK}) -> Tensor")
+_LIBRARY.define(f"add_delta_(Tensor(a!) y, Tensor x, {_BANK}, *, bool transpose=False) -> ()")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pages: Tensor,
+    slot_pages: Tensor,
+    slot_weights: Tensor,
+    slot_ids: Tensor,
+) -> Tensor:
+    """Base and delta of a linear layer in one op: ``y = x W^T + bias + ((x V) * s) U^T`` row by row (paper, eq. of
+    section 3 read from right to left; the personalised weight is never built).
+
+    Args:
+        x: ``[M, K]`` float32, float16 or bfloat16, strided or not.
+        weight: ``[N, K]`` in the dtype of ``x``.
+        bias: ``[N]`` in the dtype of ``x``, or None.
+        pages: uint8 ``[P, PageLayout(N, K).nbytes]``, the bank's rank pages.
+        slot_pages: int32 ``[S, L]``, the pages of each slot; -1 ends a list.
+        slot_weights: float32 ``[S, L]``, what the delta of each listed page is multiplied with.
+        slot_ids: int32 ``[M]``, the slot of each row; -1 is the base alone.
+
+    Returns:
+        ``[M, N]`` in the dtype of ``x``; sums over K and over ranks are taken in float32. Gradients flow to ``x``,
+        ``weight`` and ``bias``; codes have none.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a slot out of range (checked on the CPU only, where it
+            costs no synchronisation).
+    """
+    return torch.ops.dts_fast.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
+
+
+def add_delta_(
+    y: Tensor,
+    x: Tensor,
+    pages: Tensor,
+    slot_pages: Tensor,
+    slot_weights: Tensor,
+    slot_ids: Tensor,
+    *,
+    transpose: bool = False,
+) -> None:
+    """Add the delta alone, in place: ``y += ((x V) * s) U^T``, for a base layer of any other kind.
+
+    Args:
+        y: ``[M, N]`` in the dtype of ``x``.
+        x: ``[M, K]``, see `linear`, as for the other arguments.
+        transpose: multiply by the transposed delta instead, ``y [M, K] += ((x U) * s) V^T`` with ``x [M, N]``; the
+            pages stay those of a layer ``[N, K]``.
+
+    Raises:
+        ValueError: see `linear`.
+    """
+    torch.ops.dts_fast.add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids, transpose=transpose)
+
+
+def _check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids) -> None:
+    _expect(weight.dim() == 2, "weight", "[N, K]", weight)
+    _expect(weight.dtype == x.dtype, "weight", f"dtype of x, {x.dtype}", weight)
+    n, k = weight.shape
+    _expect(x.dim() == 2 and x.shape[1] == k, "x", f"[M, {k}] for weight {list(weight.shape)}", x)
+    if bias is not None:
+        _expect(bias.shape == (n,) and bias.dtype == x.dtype, "bias", f"[{n}] {x.dtype}", bias)
+    _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids)
+
+
+def _check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, transpose) -> None:
+    _expect(x.dim() == 2, "x", "[M, K]", x)
+    _expect(y.dim() == 2 and y.shape[0] == x.shape[0], "y", f"[{x.shape[0]}, N] for x {list(x.shape)}", y)
+    _expect(y.dtype == x.dtype, "y", f"dtype of x, {x.dtype}", y)
+    n, k = (x.shape[1], y.shape[1]) if transpose else (y.shape[1], x.shape[1])
+    _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids)
+
+
+def _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids) -> None:
+    nbytes = PageLayout(n, k).nbytes
+    _expect(x.dtype in DTYPES, "x", "float32, float16 or bfloat16", x)
+    _expect(
+        pages.dtype == torch.uint8 and pages.dim() == 2 and pages.shape[1] == nbytes and pages.is_contiguous(),
+        "pages",
+        f"contiguous uint8 [P, {nbytes}], the rank pages of a layer [{n}, {k}]",
+        pages,
+    )
+    _expect(
+        slot_pages.dtype == torch.int32 and slot_pages.dim() == 2 and slot_pages.is_contiguous(),
+        "slot_pages",
+        "contiguous int32 [S, L]",
+        slot_pages,
+    )
+    _expect(
+        slot_weights.dtype == torch.float32 and slot_weights.shape == slot_pages.shape and slot_weights.is_contiguous(),
+        "slot_weights",
+        f"contiguous float32 {list(slot_pages.shape)} like slot_pages",
+        slot_weights,
+    )
+    _expect(
+        slot_ids.dtype == torch.int32 and slot_ids.shape == (x.shape[0],) and slot_ids.is_contiguous(),
+        "slot_ids",
+        f"contiguous int32 [{x.shape[0]}], one slot for each row of x",
+        slot_ids,
+    )
+    for name, tensor in (("pages", pages), ("slot_pages", slot_pages), ("slot_ids", slot_ids)):
+        _expect(tensor.device == x.device, name, f"device {x.device} like x", tensor)
+
+
+def _check_slot_range(slot_ids: Tensor, slots: int) -> None:
+    if slot_ids.device.type == "cpu" and slot_ids.numel():
+        low, high = (int(v) for v in slot_ids.aminmax())
+        if low < -1 or high >= slots:
+            raise ValueError(f"dts_fast: slot_ids: expected -1..{slots - 1} for {slots} slots, got {low}..{high}.")
+
+
+def _expect(holds: bool, name: str, expected: str, got: Tensor) -> None:
+    if not holds:
+        raise ValueError(
+            f"dts_fast: {name}: expected {expected}, got {got.dtype} {list(got.shape)}"
+            f"{'' if got.is_contiguous() else ' (not contiguous)'} on {got.device}."
+        )
+
+
+def _linear_plain(x, weight, bias, pages, slot_pages, slot_weights, slot_ids):
+    _check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
+    _check_slot_range(slot_ids, slot_pages.shape[0])
+    return reference.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
+
+
+def _add_delta_plain(y, x, pages, slot_pages, slot_weights, slot_ids, *, transpose=False):
+    _check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, transpose)
+    _check_slot_range(slot_ids, slot_pages.shape[0])
+    reference.add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids, transpose=transpose)
+
+
+# Below autograd on every device; a kernel registered for one device wins over it.
+_LIBRARY.impl("linear", _linear_plain, "CompositeExplicitAutograd")
+_LIBRARY.impl("add_delta_", _add_delta_plain, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("dts_fast::linear", lib=_LIBRARY)
+def _linear_fake(x, weight, bias, pages, slot_pages, slot_weights, slot_ids):
+    _check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("dts_fast::add_delta_", lib=_LIBRARY)
+def _add_delta_fake(y, x, pages, slot_pages, slot_weights, slot_ids, *, transpose=False):
+    _check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, transpose)
+
+
+def _linear_setup_context(ctx, inputs, output):
+    x, weight, bias, *bank = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, *bank)
+    ctx.has_bias = bias is not None
+
+
+def _linear_backward(ctx, grad):
+    x, weight, *bank = ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ weight
+        torch.ops.dts_fast.add_delta_(grad_x, grad, *bank, transpose=True)
+    if ctx.needs_input_grad[1]:
+        grad_weight = grad.t() @ x
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        grad_bias = grad.sum(0)
+    return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+torch.library.register_autograd("dts_fast::linear", _linear_backward, setup_context=_linear_setup_context, lib=_LIBRARY)
+
+
+class _AddDelta(torch.autograd.Function):
+    """Gradient of the in-place op, which `torch.library.register_autograd` does not serve: dy passes through to y,
+    and the transposed delta of it goes to x."""
+
+    @staticmethod
+    def forward(ctx, y, x, pages, slot_pages, slot_weights, slot_ids, transpose):
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(pages, slot_pages, slot_weights, slot_ids)
+        ctx.transpose, ctx.x_shape = transpose, x.shape
+        with torch._C._AutoDispatchBelowAutograd():
+            torch.ops.dts_fast.add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids, transpose=transpose)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = grad.new_zeros(ctx.x_shape)
+            torch.ops.dts_fast.add_delta_(grad_x, grad, *ctx.saved_tensors, transpose=not ctx.transpose)
+        return grad, grad_x, None, None, None, None, None
+
+
+def _add_delta_autograd(y, x, pages, slot_pages, slot_weights, slot_ids, *, transpose=False):
+    _AddDelta.apply(y, x, pages, slot_pages, slot_weights, slot_ids, transpose)
+
+
+_LIBRARY.impl("add_delta_", _add_delta_autograd, "Autograd")

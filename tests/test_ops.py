@@ -1,0 +1,252 @@
+"""Every backend of the ops against the float64 reference: odd shapes, empty batches, rank 0, strides, all dtypes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from dts_fast import ops, reference
+from dts_fast.bank import Bank
+from dts_fast.codes import CodedMatrix, LowRankDelta, PageLayout, pack, to_pages
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@dataclass
+class Backend:
+    linear: object
+    add_delta_: object
+
+
+BACKENDS = {
+    "plain": Backend(reference.linear, reference.add_delta_),
+    "registered": Backend(ops.linear, ops.add_delta_),
+}
+
+
+def random_delta(n: int, k: int, rank: int) -> LowRankDelta:
+    def factor(size: int) -> CodedMatrix:
+        levels = torch.tensor([1.5, 0.5, -0.4, -1.3]) * (1 + 0.1 * torch.randn(4))
+        return CodedMatrix(pack(torch.randint(0, 4, (rank, size), dtype=torch.uint8)), levels, size)
+
+    return LowRankDelta(factor(n), torch.randn(rank) / (k * max(rank, 1)) ** 0.5, factor(k), (n, k))
+
+
+def make_bank(n: int, k: int, ranks: list[int]) -> tuple[Bank, list[LowRankDelta]]:
+    """One slot for each rank; two more, a weighted mixture of the first two and an empty one."""
+    bank = Bank(PageLayout(n, k).nbytes, len(ranks) + 2)
+    deltas = [random_delta(n, k, rank) for rank in ranks]
+    for slot, delta in enumerate(deltas):
+        bank.load(slot, to_pages(delta), weight=1.0 + 0.25 * slot)
+    if len(ranks) > 1:
+        pages = torch.cat([to_pages(deltas[0]), to_pages(deltas[1])])
+        bank.load(len(ranks), pages)
+        bank.slot_weights[len(ranks), : len(pages)] = torch.linspace(-0.5, 0.75, len(pages))
+    return bank, deltas
+
+
+def within_rounding(y: Tensor, truth: Tensor, base: Tensor, magnitude: Tensor) -> None:
+    """Float32 sums, and one rounding to the output dtype for the base and one for the whole.
+
+    The sums' error is bounded by a small multiple of 2^-24 sqrt(K) of the sum of magnitudes; 1e-5 leaves room for
+    the K of a thousand used here and for sums in any order.
+    """
+    eps = torch.finfo(y.dtype).eps
+    allowed = eps * (base.abs() + truth.abs()) + 1e-5 * magnitude + torch.finfo(y.dtype).tiny
+    excess = (y.double() - truth).abs() - allowed
+    assert bool((excess <= 0).all()), f"largest excess over the allowed error: {excess.max().item():.3g}"
+
+
+SHAPES = [
+    # M, K, N, ranks of the slots
+    (1, 64, 48, [16]),
+    (5, 33, 17, [3, 20]),
+    (8, 128, 96, [16, 0, 40]),
+    (7, 1, 1, [1]),
+    (32, 1000, 130, [48, 5, 17]),
+    (0, 40, 24, [8]),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_against_the_reference(backend, dtype, shape, with_bias):
+    m, k, n, ranks = shape
+    bank, _ = make_bank(n, k, ranks)
+    x, weight = torch.randn(m, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
+    bias = torch.randn(n).to(dtype) if with_bias else None
+    slot_ids = torch.randint(-1, len(ranks) + 2, (m,), dtype=torch.int32)
+    y = BACKENDS[backend].linear(x, weight, bias, *bank.tensors, slot_ids)
+    assert y.dtype == dtype
+    wide = None if bias is None else bias.double()
+    truth = reference.linear(x.double(), weight.double(), wide, *bank.tensors, slot_ids)
+    base = torch.nn.functional.linear(x.double(), weight.double(), wide)
+    magnitude = x.double().abs() @ weight.double().abs().t() + (truth - base).abs() + x.double().abs().sum(1)[:, None]
+    within_rounding(y, truth, base, magnitude)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_add_delta_against_the_reference(backend, dtype, shape, transpose):
+    m, k, n, ranks = shape
+    bank, _ = make_bank(n, k, ranks)
+    x, y = torch.randn(m, n if transpose else k).to(dtype), torch.randn(m, k if transpose else n).to(dtype)
+    slot_ids = torch.randint(-1, len(ranks) + 2, (m,), dtype=torch.int32)
+    truth, base = y.double(), y.double()
+    reference.add_delta_(truth, x.double(), *bank.tensors, slot_ids, transpose=transpose)
+    BACKENDS[backend].add_delta_(y, x, *bank.tensors, slot_ids, transpose=transpose)
+    within_rounding(y, truth, base, (truth - base).abs() + x.double().abs().sum(1)[:, None])
+
+
+def test_reference_is_the_textbook_formula():
+    """The truth itself, against dequantised factors: y = x (W + weight * U diag(s) V^T)^T."""
+    m, k, n = 6, 21, 34
+    bank, deltas = make_bank(n, k, [5, 19])
+    x, weight = torch.randn(m, k, dtype=torch.float64), torch.randn(n, k, dtype=torch.float64)
+    slot_ids = torch.tensor([0, 1, -1, 2, 0, 3], dtype=torch.int32)
+    # Slot 2 mixes one page of the first delta and two of the second (its ranks 0-15 and 16-18).
+    first, second = deltas[0].dequantize(torch.float64), deltas[1]
+    head, tail = (
+        (second.u.dequantize(torch.float64)[:, part] * second.s.double()[part])
+        @ second.v.dequantize(torch.float64)[:, part].t()
+        for part in (slice(0, 16), slice(16, None))
+    )
+    mix = torch.linspace(-0.5, 0.75, 3).double()
+    personal = [
+        weight + first,
+        weight + 1.25 * (head + tail),
+        weight,
+        weight + mix[0] * first + mix[1] * head + mix[2] * tail,
+        weight + first,
+        weight,
+    ]
+    y = reference.linear(x, weight, None, *bank.tensors, slot_ids)
+    torch.testing.assert_close(y, torch.stack([w @ row for w, row in zip(personal, x, strict=True)]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_input(backend):
+    bank, _ = make_bank(24, 20, [7, 18])
+    x, weight, slot_ids = torch.randn(20, 12).t()[::2], torch.randn(24, 20), torch.tensor([0, 1, -1, 2, 0, 1]).int()
+    strided = BACKENDS[backend].linear(x, weight.t().contiguous().t(), None, *bank.tensors, slot_ids)
+    dense = BACKENDS[backend].linear(x.contiguous(), weight, None, *bank.tensors, slot_ids)
+    torch.testing.assert_close(strided, dense)
+    y = torch.zeros(24, 6).t()
+    BACKENDS[backend].add_delta_(y, x, *bank.tensors, slot_ids)
+    torch.testing.assert_close(y, dense - x @ weight.t())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_base_rows_are_the_plain_linear(backend, dtype):
+    bank, _ = make_bank(24, 20, [7])
+    x, weight = torch.randn(5, 20).to(dtype), torch.randn(24, 20).to(dtype)
+    slot_ids = torch.full((5,), -1, dtype=torch.int32)
+    y = BACKENDS[backend].linear(x, weight, None, *bank.tensors, slot_ids)
+    assert torch.equal(y, torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_repeat_and_rows_do_not_depend_on_their_neighbours_slots(backend, dtype):
+    bank, _ = make_bank(130, 200, [33, 16, 5])
+    x, weight = torch.randn(9, 200).to(dtype), torch.randn(130, 200).to(dtype)
+    run = BACKENDS[backend].linear
+    alone = run(x, weight, None, *bank.tensors, torch.full((9,), 1, dtype=torch.int32))
+    for slots in ([1, 0, 2, -1, 1, 3, 4, 0, 1], [1, 2, 2, 2, 1, -1, -1, -1, 1]):
+        mixed = run(x, weight, None, *bank.tensors, torch.tensor(slots, dtype=torch.int32))
+        for row in (0, 4, 8):
+            assert torch.equal(mixed[row], alone[row])
+    again = run(x, weight, None, *bank.tensors, torch.full((9,), 1, dtype=torch.int32))
+    assert torch.equal(alone, again)
+
+
+def op_arguments(dtype=torch.float32, requires_grad=False):
+    bank, _ = make_bank(10, 12, [3, 17])
+    x = torch.randn(4, 12, dtype=dtype, requires_grad=requires_grad)
+    weight, bias = torch.randn(10, 12, dtype=dtype), torch.randn(10, dtype=dtype)
+    return x, weight, bias, *bank.tensors, torch.tensor([0, -1, 1, 2], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(dtype, requires_grad):
+    x, weight, bias, *bank = op_arguments(dtype, requires_grad)
+    torch.library.opcheck(torch.ops.dts_fast.linear.default, (x, weight, bias, *bank))
+    y = torch.zeros(4, 10, dtype=dtype)
+    torch.library.opcheck(torch.ops.dts_fast.add_delta_.default, (y, x, *bank))
+
+
+def test_gradients_equal_those_of_the_dense_weight():
+    x, weight, bias, pages, slot_pages, slot_weights, slot_ids = op_arguments(requires_grad=True)
+    weight.requires_grad_()
+    bias.requires_grad_()
+    layout = PageLayout(10, 12)
+    dense = [
+        weight.detach() + reference.dense_delta(layout, pages, slot_pages[s], slot_weights[s]) if s >= 0 else weight
+        for s in slot_ids.tolist()
+    ]
+    upstream = torch.randn(4, 10)
+    expected_x = torch.stack([g @ w for g, w in zip(upstream, dense, strict=True)])
+    y = ops.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
+    grads = torch.autograd.grad((y * upstream).sum(), (x, weight, bias))
+    # Float32 sums over 12 and 48 terms.
+    torch.testing.assert_close(grads[0], expected_x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads[1], upstream.t() @ x)
+    torch.testing.assert_close(grads[2], upstream.sum(0))
+    y = torch.nn.functional.linear(x, weight, bias)
+    ops.add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids)
+    torch.testing.assert_close(torch.autograd.grad((y * upstream).sum(), x)[0], expected_x, rtol=1e-5, atol=1e-5)
+
+
+def test_compiles_without_graph_breaks_forward_and_backward():
+    x, weight, bias, *bank = op_arguments(requires_grad=True)
+
+    def both(x):
+        y = ops.linear(x, weight, bias, *bank).relu()
+        z = torch.nn.functional.linear(x, weight)
+        ops.add_delta_(z, x, *bank)
+        return y + z
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), both(x))
+    expected = torch.autograd.grad(both(x).square().sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x)[0], expected)
+
+
+REFUSED = {
+    "x of another width": (lambda a: a | {"x": torch.randn(4, 70)}, "x: expected"),
+    "x with three dimensions": (lambda a: a | {"x": torch.randn(2, 2, 12)}, "x: expected"),
+    "float64": (lambda a: a | {"x": a["x"].double(), "weight": a["weight"].double(), "bias": None}, "float32, float16"),
+    "weight of another dtype": (lambda a: a | {"weight": a["weight"].half()}, "weight: expected dtype of x"),
+    "bias of another size": (lambda a: a | {"bias": torch.randn(9)}, "bias: expected"),
+    "pages of another layer": (lambda a: a | {"pages": a["pages"][:, :-128].contiguous()}, "rank pages of a layer"),
+    "pages not uint8": (lambda a: a | {"pages": a["pages"].int()}, "pages: expected contiguous uint8"),
+    "slots not int32": (lambda a: a | {"slot_ids": a["slot_ids"].long()}, "slot_ids: expected contiguous int32"),
+    "too few slots": (lambda a: a | {"slot_ids": a["slot_ids"][:3]}, "one slot for each row"),
+    "slot out of range": (lambda a: a | {"slot_ids": torch.tensor([0, 4, 0, 0]).int()}, r"expected -1\.\.3"),
+    "slot below -1": (lambda a: a | {"slot_ids": torch.tensor([0, -2, 0, 0]).int()}, r"expected -1\.\.3"),
+    "weights of another shape": (lambda a: a | {"slot_weights": a["slot_weights"][:1]}, "slot_weights: expected"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_arguments_are_refused(case):
+    names = ("x", "weight", "bias", "pages", "slot_pages", "slot_weights", "slot_ids")
+    change, message = REFUSED[case]
+    arguments = change(dict(zip(names, op_arguments(), strict=True)))
+    with pytest.raises(ValueError, match=message):
+        ops.linear(**arguments)
+    if "weight" not in case and "bias" not in case:
+        y = torch.zeros(4, 10, dtype=arguments["x"].dtype)
+        del arguments["weight"], arguments["bias"]
+        if arguments["x"].dim() == 2:
+            with pytest.raises(ValueError, match=r"expected"):
+                ops.add_delta_(y, **arguments)
