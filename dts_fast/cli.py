@@ -1,0 +1,197 @@
+"""The command line ``dts-fast``. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from contextlib import contextmanager
+
+import click
+
+# Everything that loads torch is imported within the commands: `dts-fast --help` answers at once.
+from .version import __version__
+
+
+class Share(click.ParamType):
+    """A share such as ``1%`` or ``0.01``."""
+
+    name = "share"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, float):
+            return value
+        try:
+            return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+        except ValueError:
+            self.fail(f"expected a share such as 1% or 0.01, got {value!r}", param, ctx)
+
+
+class Commands(click.Group):
+    """Turns the errors a user can meet into a message and exit code 1."""
+
+    def invoke(self, ctx):
+        from .errors import DTSError
+
+        try:
+            return super().invoke(ctx)
+        except DTSError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="dts-fast")
+def main() -> None:
+    """Many fine-tuned variants of one model, each about 1 % of it, served from one resident base."""
+
+
+@main.command()
+@click.option("--base-model", required=True, metavar="B", help=".safetensors file, directory or hub id of the base.")
+@click.option("--model", required=True, metavar="F", help="The fine-tune, likewise.")
+@click.option("--out-path", required=True, metavar="D", help="Adapter directory to write.")
+@click.option("--budget", type=Share(), help="Bytes of the adapter over bytes of the base, such as 1% (the default).")
+@click.option("--density", type=Share(), help="Rank over min(N, K) of each matrix, as in the paper.")
+@click.option("--rank", type=int, help="The same rank for every matrix.")
+@click.option("--method", default="paper", show_default=True, help="How factors are fitted.")
+@click.option("--reference", metavar="R", help="Take deltas from this checkpoint instead of the base (DTS-D).")
+@click.option("--include", metavar="RE", help="Only parameters whose name matches.")
+@click.option("--exclude", metavar="RE", help="Not parameters whose name matches.")
+@click.option("--whole", metavar="RE", help="Store parameters whose name matches whole.")
+@click.option(
+    "--embeddings", type=click.Choice(["low-rank", "skip", "full"]), default="low-rank", show_default=True,
+    help="Compress embedding tables, leave them the base's, or store them whole.",
+)  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, help="Where to fit.")
+@click.option("--overwrite", is_flag=True, help="Replace an adapter that stands at the target.")
+def compress(base_model, model, out_path, overwrite, **settings) -> None:
+    """Compress a fine-tune F of a base B to an adapter D."""
+    from .compress import DTSConfig
+    from .compress import compress as run
+
+    with _progress() as progress:
+        report = run(base_model, model, out_path, DTSConfig(**settings), overwrite=overwrite, progress=progress)
+    click.echo(f"{report.path}: {report.nbytes:,} bytes, {report.share:.3%} of the base's {report.base_nbytes:,}")
+    for reason, names in _by_reason(report.skipped).items():
+        click.echo(f"  not in it ({reason}): {len(names)} tensors, e.g. {names[0]}", err=True)
+
+
+@main.command()
+@click.argument("adapter", metavar="D")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(adapter, as_json) -> None:
+    """Show what an adapter D holds, what it costs and what it loses."""
+    from .verify import inspect_adapter
+
+    report = inspect_adapter(adapter)
+    if as_json:
+        extra = {"share_of_base": report.share_of_base, "share_of_covered": report.share_of_covered}
+        click.echo(json.dumps(dataclasses.asdict(report) | extra, indent=2))
+        return
+    _print_parameters(report.parameters)
+    click.echo(f"base: {report.config['base_model_name_or_path']}, method {report.config['compression']['method']}")
+    click.echo(
+        f"files: {report.nbytes:,} bytes, {report.share_of_base:.3%} of the base's {report.base_nbytes:,} as stored"
+    )
+    click.echo(
+        f"codes, levels, scales, whole tensors: {report.payload_nbytes:,} bytes; the deltas are "
+        f"{report.share_of_covered:.3%} of the 16-bit bytes of the parameters they cover"
+    )
+
+
+@main.command()
+@click.argument("adapter", metavar="D")
+@click.option("--base-model", required=True, metavar="B", help="The base the adapter belongs to.")
+@click.option("--model", required=True, metavar="F", help="The fine-tune it was made from.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(adapter, base_model, model, as_json) -> None:
+    """Compare what an adapter D reconstructs with the fine-tune F; exits with 1 if they do not belong together."""
+    from .verify import verify as run
+
+    report = run(adapter, base_model, model)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report), indent=2))
+    else:
+        _print_parameters(report.parameters)
+        click.echo(
+            f"relative error over all deltas {report.total_error:.4f}, of which left out altogether "
+            f"{report.uncovered:.4f}; largest deviation from the recorded errors {report.worst_deviation:.4f}"
+        )
+        click.echo("matches its fine-tune" if report.matches else "DOES NOT match this fine-tune")
+    if not report.matches:
+        sys.exit(1)
+
+
+@main.group()
+def export() -> None:
+    """Turn an adapter into other formats."""
+
+
+@export.command("full")
+@click.argument("adapter", metavar="D")
+@click.option("--base-model", required=True, metavar="B", help="The base the adapter belongs to.")
+@click.option("--out-path", required=True, metavar="O", help="Directory to write.")
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at the target.")
+def export_full(adapter, base_model, out_path, overwrite) -> None:
+    """Write base plus adapter as a dense checkpoint."""
+    from .export import export_full as run
+
+    changed = run(adapter, base_model, out_path, overwrite=overwrite)
+    click.echo(f"{out_path}: {changed} tensors personalised")
+
+
+@main.command()
+@click.option("--out", default="demo_out", show_default=True, help="Folder for models, adapters, table and plot.")
+@click.option("--steps", type=int, help="Training steps of the base model; fewer are faster and worse.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def demo(out, steps, seed) -> None:
+    """Train a small model and three fine-tunes on text at hand, compress them, and serve them in one batch."""
+    from .demo import run
+
+    run(out, steps=steps, seed=seed)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json) -> None:
+    """Say which backends are used, why the others are not, and the mend."""
+    from .doctor import diagnose, render
+
+    report = diagnose()
+    click.echo(json.dumps(report, indent=2) if as_json else render(report))
+
+
+def _print_parameters(parameters) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("parameter", "kind", "shape", box=None, pad_edge=False)
+    for column in ("rank", "bytes", "error"):
+        table.add_column(column, justify="right")
+    for p in parameters:
+        shape = "x".join(map(str, p.shape))
+        table.add_row(p.name, p.kind, shape, str(p.rank or ""), f"{p.nbytes:,}", f"{p.error:.4f}")
+    # Piped output is read by programs: it is not folded to the width of a terminal that is not there.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def _by_reason(skipped) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        grouped.setdefault(reason.split(" to ")[0], []).append(name)
+    return grouped
+
+
+@contextmanager
+def _progress():
+    """A progress bar on stderr where that is a terminal, else silence."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)

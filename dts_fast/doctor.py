@@ -1,0 +1,83 @@
+"""`dts-fast doctor`: what is used here, why the rest is not, and what would mend it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+
+import torch
+
+from . import native, ops  # noqa: F401  (ops registers what is reported on)
+from .version import __version__
+
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps dts_fast"
+
+
+def diagnose() -> dict[str, object]:
+    """A JSON-ready report: versions, hardware, and for each backend whether it is used, the reason and the mend."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return {
+        "dts_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": str(torch.__version__),
+        "torch_cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "compiler": compiler,
+        "cpu_features": native.MODULE.cpu_features() if native.MODULE else None,
+        "extension": native.MODULE.build_info() if native.MODULE else None,
+        "backends": _backends(compiler),
+    }
+
+
+def _backends(compiler: str | None) -> list[dict[str, object]]:
+    has_cpu_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("dts_fast::linear", "CPU")
+    has_cuda_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("dts_fast::linear", "CUDA")
+    if native.MODULE is None:
+        cpu_reason = f"the extension is {native.REASON}"
+        mend = _REBUILD if compiler else f"install a C++ compiler, then {_REBUILD}"
+    else:
+        cpu_reason, mend = "this release has no CPU kernels yet; the extension is loaded", None
+    gpu_reason = "no GPU kernels in this release" if torch.cuda.is_available() else "no CUDA device here"
+    return [
+        _backend("plain torch", True, "serves every device that no kernel below serves", None),
+        _backend("CPU C++", has_cpu_kernel, None if has_cpu_kernel else cpu_reason, None if has_cpu_kernel else mend),
+        _backend("CUDA C++", has_cuda_kernel, None if has_cuda_kernel else gpu_reason, None),
+        _backend("Triton", False, gpu_reason, None),
+    ]
+
+
+def _backend(name: str, used: bool, reason: str | None, mend: str | None) -> dict[str, object]:
+    return {"name": name, "used": used, "reason": reason, "mend": mend}
+
+
+def _version(package: str) -> str | None:
+    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
+
+
+def render(report: dict[str, object]) -> str:
+    """The report as text."""
+    lines = []
+    for key, value in report.items():
+        if key == "backends":
+            continue
+        if key == "cpu_features" and value is not None:
+            value = " ".join(name for name, present in value.items() if present) or "none"
+        elif isinstance(value, dict):
+            value = ", ".join(f"{name} {item}" for name, item in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(value) or "none"
+        lines.append(f"{key:14} {'no' if value is None else value}")
+    lines.append("backends")
+    for backend in report["backends"]:
+        line = f"  {backend['name']:12} {'used' if backend['used'] else 'not used'}"
+        line += f": {backend['reason']}" if backend["reason"] else ""
+        line += f". Mend: {backend['mend']}" if backend["mend"] else ""
+        lines.append(line)
+    return "\n".join(lines)
