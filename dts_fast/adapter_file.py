@@ -175,7 +175,7 @@ def load_adapter(path: str | Path, *, verify_checksum: bool = True) -> Adapter:
             layout = _check_headers(weights, headers, config["shapes"])
             if verify_checksum:
                 _check_checksum(weights, str(config["weights_sha256"]))
-            parameters = {name: _read(handle, name, kind, shape) for name, (kind, shape) in layout.items()}
+            parameters = {name: _read(handle, name, kind, shape) for name, (kind, shape) in sorted(layout.items())}
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(
             f"{weights}: damaged ({error}). It may be truncated; copy or download the adapter again."

@@ -286,7 +286,7 @@ def pair_tensors(
             if twin is None:
                 added[name] = model_name[name]
             else:
-                skipped[name] = f"tied to {twin}"
+                tied[name] = add + twin.removeprefix(strip)
         elif ours.shape != theirs.shape:
             shapes.append(f"{name}: base {list(ours.shape)}, fine-tune {list(theirs.shape)}")
         else:

@@ -85,13 +85,15 @@ def vector_delta(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The delta of a bias (or any vector of ``n`` elements) for each row: ``[M, n]``, zero where the slot is -1."""
-    layout = VectorPageLayout(n)
-    out = torch.zeros(slot_ids.shape[0], n, dtype=dtype, device=slot_ids.device)
-    for slot in _distinct(slot_ids):
-        index = slot_pages[slot][slot_pages[slot] >= 0].long()
+    layout, (slots, length) = VectorPageLayout(n), slot_pages.shape
+    # Every slot's vector, and zeros at the end, where slot -1 finds them: no loop over what the batch holds.
+    table = torch.zeros(slots + 1, n, dtype=dtype, device=slot_ids.device)
+    if pages.shape[0]:
+        index = slot_pages.clamp_min(0).flatten().long()  # unused entries have weight 0
         values = dequantize_pages(layout.codes(pages)[index].unsqueeze(1), layout.levels(pages)[index].to(dtype), n)
-        out[slot_ids == slot] = slot_weights[slot][: index.shape[0]].to(dtype) @ values
-    return out
+        weights = slot_weights.masked_fill(slot_pages < 0, 0.0).to(dtype)
+        table[:-1] = (values.reshape(slots, length, n) * weights[..., None]).sum(1)
+    return table[slot_ids]
 
 
 def _slot_factors(

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dts_fast.bank import BASE, Bank, SlotTable
+from dts_fast.errors import CapacityError, DTSError, UnknownAdapterError
+
+
+def pages(count: int, value: int) -> torch.Tensor:
+    return torch.full((count, 128), value, dtype=torch.uint8)
+
+
+def contents(bank: Bank, slot: int) -> list[int]:
+    """The first byte of each page a slot lists."""
+    return [int(bank.pages[page, 0]) for page in bank.slot_pages[slot].tolist() if page >= 0]
+
+
+def test_slots_list_the_pages_loaded_into_them():
+    bank = Bank(128, 3)
+    bank.load(0, pages(2, 7))
+    bank.load(2, pages(1, 9), weight=0.5)
+    assert [contents(bank, slot) for slot in range(3)] == [[7, 7], [], [9]]
+    assert bank.slot_weights[2, 0] == 0.5
+    assert bank.slot_pages[2].tolist() == [2, -1]
+
+
+def test_evicted_pages_are_used_again_without_growing():
+    bank = Bank(128, 2)
+    bank.load(0, pages(3, 1))
+    bank.load(1, pages(1, 2))
+    size = bank.pages.shape[0]
+    bank.evict(0)
+    assert contents(bank, 0) == []
+    bank.load(0, pages(3, 5))
+    assert bank.pages.shape[0] == size
+    assert contents(bank, 0) == [5, 5, 5]
+    assert contents(bank, 1) == [2]
+
+
+def test_reloading_a_slot_reuses_its_own_pages():
+    bank = Bank(128, 1, num_pages=2, pages_per_slot=2)
+    bank.load(0, pages(2, 1))
+    bank.load(0, pages(2, 3))
+    assert contents(bank, 0) == [3, 3]
+
+
+def test_a_fixed_bank_keeps_its_tensors():
+    bank = Bank(128, 2, num_pages=3, pages_per_slot=2)
+    before = [t.data_ptr() for t in bank.tensors]
+    bank.load(0, pages(2, 1))
+    bank.evict(0)
+    bank.load(1, pages(2, 4))
+    assert [t.data_ptr() for t in bank.tensors] == before
+
+
+def test_a_load_that_does_not_fit_changes_nothing():
+    bank = Bank(128, 2, num_pages=3, pages_per_slot=2)
+    bank.load(0, pages(2, 1))
+    with pytest.raises(CapacityError, match="takes 2 pages, 1 of 3 are free"):
+        bank.load(1, pages(2, 2))
+    with pytest.raises(CapacityError, match="at most 2"):
+        bank.load(1, pages(3, 2))
+    assert contents(bank, 0) == [1, 1]
+    assert contents(bank, 1) == []
+
+
+def test_an_empty_load_is_an_empty_slot():
+    bank = Bank(128, 1)
+    bank.load(0, pages(0, 0))
+    assert contents(bank, 0) == []
+
+
+def test_conversions_of_a_model_do_not_round_the_bank():
+    bank = Bank(128, 1)
+    bank.load(0, pages(1, 1), weight=1 / 3)
+    bank.half().to(torch.bfloat16)
+    assert bank.slot_weights.dtype == torch.float32
+    assert bank.slot_weights[0, 0] == torch.tensor(1 / 3)
+    assert bank.state_dict() == {}
+
+
+def test_slot_table():
+    table = SlotTable(2)
+    assert table.slot(BASE) == -1
+    table.occupy("a", table.free_slot("a"))
+    table.occupy("b", table.free_slot("b"))
+    assert (table.slot("a"), table.slot("b"), table.names) == (0, 1, ["a", "b"])
+    with pytest.raises(CapacityError, match="all 2 slots are taken"):
+        table.free_slot("c")
+    table.active = "a"
+    assert table.release("a") == 0
+    assert table.active == BASE
+    assert table.free_slot("c") == 0
+    with pytest.raises(UnknownAdapterError, match="unknown adapter 'a'; loaded: 'b', and '__base__'"):
+        table.slot("a")
+
+
+@pytest.mark.parametrize(("name", "message"), [("a", "loaded already"), (BASE, "reserved"), ("", "non-empty")])
+def test_names_that_cannot_be_taken(name, message):
+    table = SlotTable(3)
+    table.occupy("a", 0)
+    with pytest.raises(DTSError, match=message):
+        table.free_slot(name)
+    with pytest.raises(DTSError, match="at least 1"):
+        SlotTable(0)

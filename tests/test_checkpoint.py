@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import plain_tensors, write_checkpoint
+from safetensors.torch import save_file
+
+from dts_fast.checkpoint import Checkpoint, common_prefix, is_embedding, pair_tensors
+from dts_fast.errors import CheckpointError
+
+
+def write_sharded(folder, tensors, shards=3):
+    folder.mkdir()
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[i::shards]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["file", "directory", "sharded", "index"])
+def test_every_form_of_a_checkpoint_reads_the_same(tmp_path, form):
+    tensors = plain_tensors()
+    if form in ("file", "directory"):
+        source = write_checkpoint(tmp_path / "m", tensors, {"hidden_size": 12})
+        source = source / "model.safetensors" if form == "file" else source
+    else:
+        source = write_sharded(tmp_path / "m", tensors)
+        source = source / "model.safetensors.index.json" if form == "index" else source
+    checkpoint = Checkpoint.open(source)
+    assert checkpoint.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint.get(name), tensor)
+        assert checkpoint.tensors[name].shape == tuple(tensor.shape)
+        assert checkpoint.tensors[name].dtype == tensor.dtype
+    assert checkpoint.nbytes == sum(f.stat().st_size for f in (tmp_path / "m").glob("*.safetensors"))
+    assert checkpoint.config == ({"hidden_size": 12} if form in ("file", "directory") else {})
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "x.ckpt"])
+def test_pickle_checkpoints_are_refused_with_the_way_to_convert(tmp_path, name):
+    torch.save({"a": torch.zeros(2)}, tmp_path / name)
+    for source in (tmp_path / name, tmp_path):
+        with pytest.raises(CheckpointError, match=r"pickle.*save_pretrained"):
+            Checkpoint.open(source)
+
+
+def test_unusable_sources_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file or directory"):
+        Checkpoint.open(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="found none"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(CheckpointError, match="truncated"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"expected a \.safetensors file"):
+        Checkpoint.open(tmp_path / "notes.txt")
+
+
+def test_hub_ids_go_to_the_hub():
+    with pytest.raises(CheckpointError, match=r"org/model.*the hub did not give it"):
+        Checkpoint.open("org/model")
+
+
+def test_damaged_indexes_and_missing_shards(tmp_path):
+    folder = write_sharded(tmp_path / "m", plain_tensors())
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="missing: model-00002-of-00003"):
+        Checkpoint.open(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="weight_map"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "base", "expected"),
+    [
+        (["h.0.w", "h.1.w"], ["h.0.w", "h.1.w"], ("", "")),
+        (["bert.a.w", "bert.b.w", "head.w"], ["a.w", "b.w"], ("bert.", "")),
+        (["a.w", "b.w"], ["model.a.w", "model.b.w", "head.w"], ("", "model.")),
+        (["base_model.model.a.w", "base_model.model.b.w"], ["a.w", "b.w"], ("base_model.model.", "")),
+        (["x.w"], ["y.w"], ("", "")),
+    ],
+)
+def test_common_prefix(names, base, expected):
+    assert common_prefix(names, base) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("model.embed_tokens.weight", (9, 4), True),
+        ("transformer.wte.weight", (9, 4), True),
+        ("embeddings.word_embeddings.weight", (9, 4), True),
+        ("vit.embeddings.position_embeddings", (1, 9, 4), True),
+        ("embeddings.LayerNorm.weight", (4,), False),
+        ("embeddings.patch_embeddings.projection.weight", (4, 3, 2, 2), False),
+        ("lm_head.weight", (9, 4), False),
+    ],
+)
+def test_is_embedding(name, shape, expected):
+    assert is_embedding(name, shape) == expected
+
+
+def open_pair(tmp_path, base, model):
+    return Checkpoint.open(write_checkpoint(tmp_path / "b", base)), Checkpoint.open(
+        write_checkpoint(tmp_path / "m", model)
+    )
+
+
+def test_pairing_through_a_prefix_with_a_new_head(tmp_path):
+    base = plain_tensors()
+    model = {f"net.{name}": t for name, t in base.items()} | {"classifier.weight": torch.randn(3, 12)}
+    pairing = pair_tensors(*open_pair(tmp_path, base, model))
+    assert pairing.pairs == {name: f"net.{name}" for name in base if name != "position_ids"}
+    assert pairing.added == {"classifier.weight": "classifier.weight"}
+    assert pairing.skipped == {"position_ids": "integer"}
+
+
+def test_missing_tensors_are_listed(tmp_path):
+    base, model = plain_tensors(), plain_tensors()
+    for name in ("layers.0.proj.weight", "conv.weight"):
+        del model[name]
+    pair = open_pair(tmp_path, base, model)
+    with pytest.raises(CheckpointError, match=r"lacks 2 tensors .*: conv\.weight, layers\.0\.proj\.weight\."):
+        pair_tensors(*pair)
+    assert "conv.weight" not in pair_tensors(*pair, exclude=r"conv|proj\.weight").pairs
+
+
+def test_other_shapes_are_listed_and_may_be_stored_whole(tmp_path):
+    base, model = plain_tensors(), plain_tensors() | {"embed_tokens.weight": torch.randn(52, 12)}
+    pair = open_pair(tmp_path, base, model)
+    with pytest.raises(CheckpointError, match=re.escape("embed_tokens.weight: base [50, 12], fine-tune [52, 12]")):
+        pair_tensors(*pair)
+    assert pair_tensors(*pair, whole="embed").added == {"embed_tokens.weight": "embed_tokens.weight"}
+
+
+def test_checkpoints_that_share_nothing(tmp_path):
+    pair = open_pair(tmp_path, {"a.weight": torch.zeros(2, 2)}, {"b.weight": torch.zeros(2, 2)})
+    with pytest.raises(CheckpointError, match="lacks 1 tensors"):
+        pair_tensors(*pair)
+
+
+@pytest.mark.parametrize("where", ["base", "model", "both"])
+def test_tied_weights_written_twice_are_taken_once(tmp_path, where):
+    base, model = plain_tensors(torch.Generator().manual_seed(0)), plain_tensors(torch.Generator().manual_seed(1))
+    if where in ("base", "both"):
+        base["lm_head.weight"] = base["embed_tokens.weight"].clone()
+    if where in ("model", "both"):
+        model["lm_head.weight"] = model["embed_tokens.weight"].clone()
+    pairing = pair_tensors(*open_pair(tmp_path, base, model))
+    assert "lm_head.weight" not in pairing.pairs
+    assert pairing.added == {}
+    assert pairing.tied == {"lm_head.weight": "embed_tokens.weight"}
+
+
+def test_a_head_untied_by_the_fine_tune_is_kept(tmp_path):
+    base, model = plain_tensors(), plain_tensors()
+    base["lm_head.weight"] = base["embed_tokens.weight"].clone()
+    model["lm_head.weight"] = torch.randn(50, 12)
+    assert "lm_head.weight" in pair_tensors(*open_pair(tmp_path, base, model)).pairs
+
+
+def test_buffers_of_old_checkpoints_take_no_part(tmp_path):
+    base = plain_tensors() | {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "rotary_emb.inv_freq": torch.randn(8)}
+    pairing = pair_tensors(*open_pair(tmp_path, base, plain_tensors()))
+    assert {name for name, reason in pairing.skipped.items() if reason == "buffer"} == {
+        "h.0.attn.bias",
+        "rotary_emb.inv_freq",
+    }

@@ -1,0 +1,238 @@
+"""The offline loop as a whole: compress, inspect, verify, export."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import fine_tuned, plain_tensors, write_checkpoint
+from safetensors.torch import load_file
+
+from dts_fast import DTSConfig, compress, load_adapter
+from dts_fast.adapter_file import directory_size
+from dts_fast.codes import CodedVector, LowRankDelta
+from dts_fast.errors import BaseMismatchError, CheckpointError, DTSError
+from dts_fast.export import export_full
+from dts_fast.verify import inspect_adapter, verify
+
+
+def test_every_parameter_finds_its_form(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    steps = []
+    report = compress(base, tuned, tmp_path / "a", DTSConfig(density=0.5), progress=lambda *step: steps.append(step))
+    parameters = load_adapter(tmp_path / "a").parameters
+    kinds = {name: type(p) for name, p in parameters.items()}
+    assert kinds == {
+        "cls_token": CodedVector,
+        "conv.weight": LowRankDelta,
+        "embed_tokens.weight": LowRankDelta,
+        "layers.0.norm.weight": CodedVector,
+        "layers.0.odd.weight": LowRankDelta,
+        "layers.0.proj.bias": CodedVector,
+        "layers.0.proj.weight": LowRankDelta,
+    }
+    assert {name: p.rank for name, p in parameters.items() if isinstance(p, LowRankDelta)} == {
+        "conv.weight": 3,
+        "embed_tokens.weight": 6,
+        "layers.0.odd.weight": 5,
+        "layers.0.proj.weight": 6,
+    }
+    assert parameters["conv.weight"].shape == (6, 3, 2, 2)
+    assert report.skipped == {"position_ids": "integer"}
+    assert steps[0] == ("cls_token", 0, 7)
+    assert steps[-1] == ("writing", 7, 7)
+
+
+def test_full_rank_recovers_most_of_the_delta(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    compress(base, tuned, tmp_path / "a", DTSConfig(density=1.0))
+    report = verify(tmp_path / "a", base, tuned)
+    # The paper's thresholding loses about 0.6 of a full-rank delta's norm, whatever the rank (DESIGN, section 1).
+    assert report.matches
+    assert 0.3 < report.total_error < 0.75
+    assert report.uncovered == 0.0
+
+
+def test_unchanged_tensors_are_skipped(tmp_path):
+    base = plain_tensors()
+    tuned = base | {"conv.weight": base["conv.weight"] + 0.1}
+    report = compress(
+        write_checkpoint(tmp_path / "b", base),
+        write_checkpoint(tmp_path / "t", tuned),
+        tmp_path / "a",
+        DTSConfig(rank=2),
+    )
+    assert list(load_adapter(tmp_path / "a").parameters) == ["conv.weight"]
+    assert sum(reason == "unchanged" for reason in report.skipped.values()) == 6
+
+
+@pytest.mark.parametrize("name", ["conv.weight", "layers.0.norm.weight"])
+@pytest.mark.parametrize("settings", [{"density": 0.5}, {"rank": 0}])
+def test_nan_in_a_delta_names_the_tensor_and_writes_nothing(tmp_path, name, settings):
+    base, tuned = plain_tensors(), fine_tuned(plain_tensors())
+    tuned[name].view(-1)[3] = float("nan")
+    with pytest.raises(DTSError, match=f"{name}: 1 of"):
+        compress(
+            write_checkpoint(tmp_path / "b", base),
+            write_checkpoint(tmp_path / "t", tuned),
+            tmp_path / "a",
+            DTSConfig(**settings),
+        )
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("budget", [0.17, 0.19, 0.2])
+def test_the_files_obey_the_budget_and_use_it(tmp_path, budget):
+    generator = torch.Generator().manual_seed(0)
+    base = plain_tensors(generator) | {f"big.{i}.weight": torch.randn(90, 70, generator=generator) for i in range(2)}
+    b, t = write_checkpoint(tmp_path / "b", base), write_checkpoint(tmp_path / "t", fine_tuned(base))
+    config = DTSConfig(budget=budget)
+    report = compress(b, t, tmp_path / "a", config)
+    limit = config.budget * (b / "model.safetensors").stat().st_size
+    assert report.nbytes == directory_size(tmp_path / "a")
+    assert limit * 0.9 < report.nbytes <= limit
+    assert report.share <= config.budget
+
+
+def test_a_budget_below_the_headers_is_an_error(tmp_path, checkpoints):
+    with pytest.raises(DTSError, match="Raise the budget"):
+        compress(*checkpoints, tmp_path / "a", DTSConfig(budget=0.001))
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path, checkpoints):
+    for run in ("first", "second"):
+        compress(*checkpoints, tmp_path / run / "a", DTSConfig(density=0.4))
+    for file in (tmp_path / "first" / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "second" / "a" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(("choice", "form"), [("low-rank", LowRankDelta), ("skip", type(None)), ("full", torch.Tensor)])
+def test_embeddings(tmp_path, checkpoints, choice, form):
+    base, tuned = checkpoints
+    compress(base, tuned, tmp_path / "a", DTSConfig(density=0.5, embeddings=choice))
+    stored = load_adapter(tmp_path / "a").parameters.get("embed_tokens.weight")
+    assert isinstance(stored, form)
+    if choice == "full":
+        assert torch.equal(stored, load_file(tuned / "model.safetensors")["embed_tokens.weight"])
+
+
+def test_include_exclude_and_whole(tmp_path, checkpoints):
+    config = DTSConfig(density=0.5, include="layers|conv", exclude="bias", whole="odd")
+    compress(*checkpoints, tmp_path / "a", config)
+    parameters = load_adapter(tmp_path / "a").parameters
+    assert list(parameters) == ["conv.weight", "layers.0.norm.weight", "layers.0.odd.weight", "layers.0.proj.weight"]
+    assert isinstance(parameters["layers.0.odd.weight"], torch.Tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_checkpoints_of_any_dtype(tmp_path, dtype):
+    base = {n: t.to(dtype) if t.is_floating_point() else t for n, t in plain_tensors().items()}
+    b, t = write_checkpoint(tmp_path / "b", base), write_checkpoint(tmp_path / "t", fine_tuned(base))
+    compress(b, t, tmp_path / "a", DTSConfig(density=0.5))
+    assert verify(tmp_path / "a", b, t).matches
+    export_full(tmp_path / "a", b, tmp_path / "dense")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    assert all(dense[name].dtype == tensor.dtype for name, tensor in base.items())
+
+
+def test_a_reference_other_than_the_base(tmp_path, checkpoints):
+    """DTS-D: deltas are taken from, and added to, a merged model."""
+    base, tuned = checkpoints
+    mean = {
+        name: (t + load_file(tuned / "model.safetensors")[name]) / 2 if t.is_floating_point() else t
+        for name, t in load_file(base / "model.safetensors").items()
+    }
+    merged = write_checkpoint(tmp_path / "merged", mean)
+    compress(base, tuned, tmp_path / "a", DTSConfig(density=0.5, reference=str(merged)))
+    assert verify(tmp_path / "a", merged, tuned).matches
+    with pytest.raises(BaseMismatchError, match="not the base"):
+        verify(tmp_path / "a", base, tuned)
+
+
+def test_inspect_counts_what_is_there(tmp_path, checkpoints):
+    compress(*checkpoints, tmp_path / "a", DTSConfig(density=0.5))
+    report = inspect_adapter(tmp_path / "a")
+    proj = next(p for p in report.parameters if p.name == "layers.0.proj.weight")
+    assert (proj.kind, proj.shape, proj.rank) == ("low-rank", (24, 12), 6)
+    assert proj.nbytes == 6 * (6 + 3) + 4 * 6 + 2 * 16
+    assert report.nbytes == sum(file.stat().st_size for file in (tmp_path / "a").iterdir())
+    assert report.covered_nbytes == 2 * (50 * 12 + 24 * 12 + 24 + 13 * 11 + 12 + 72 + 12)
+    assert report.share_of_covered == sum(p.nbytes for p in report.parameters) / report.covered_nbytes
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert f"|layers.0.proj.weight|24x12|6|{proj.nbytes}|{proj.error:.4f}|" in card
+
+
+def test_verify_refuses_another_fine_tune(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    compress(base, tuned, tmp_path / "a", DTSConfig(density=0.5))
+    other = write_checkpoint(tmp_path / "other", fine_tuned(load_file(base / "model.safetensors"), seed=7))
+    assert verify(tmp_path / "a", base, tuned).matches
+    assert not verify(tmp_path / "a", base, other).matches
+
+
+def test_export_is_base_plus_dequantised_deltas(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    head = {"head.weight": torch.randn(2, 12)}
+    tuned = write_checkpoint(
+        tmp_path / "with_head",
+        {f"net.{n}": t for n, t in load_file(tuned / "model.safetensors").items()} | head,
+        {"architectures": ["Other"], "hidden_size": 12},
+    )
+    compress(base, tuned, tmp_path / "a", DTSConfig(density=0.5))
+    assert export_full(tmp_path / "a", base, tmp_path / "dense") == 8
+    before, dense = (load_file(d / "model.safetensors") for d in (base, tmp_path / "dense"))
+    parameters = load_adapter(tmp_path / "a").parameters
+    assert dense.keys() == before.keys() | head.keys()
+    for name, tensor in before.items():
+        expected = tensor + parameters[name].dequantize() if name in parameters else tensor
+        assert torch.equal(dense[name], expected)
+    assert torch.equal(dense["head.weight"], head["head.weight"])
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["architectures"] == ["Other"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_base_is_recognised_in_any_dtype(tmp_path, checkpoints, dtype):
+    base, tuned = checkpoints
+    compress(base, tuned, tmp_path / "a", DTSConfig(density=0.5))
+    tensors = load_file(base / "model.safetensors")
+    cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    assert export_full(tmp_path / "a", write_checkpoint(tmp_path / "cast", cast), tmp_path / "dense")
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0])
+def test_another_base_is_refused(tmp_path, checkpoints, scale):
+    base, tuned = checkpoints
+    compress(base, tuned, tmp_path / "a", DTSConfig(density=0.5))
+    tensors = fine_tuned(load_file(base / "model.safetensors"), scale=scale, seed=3)
+    with pytest.raises(BaseMismatchError, match="not the base the adapter was made for"):
+        export_full(tmp_path / "a", write_checkpoint(tmp_path / "o", tensors), tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    smaller = {name: t for name, t in tensors.items() if name != "conv.weight"}
+    with pytest.raises(BaseMismatchError, match=r"conv\.weight"):
+        export_full(tmp_path / "a", write_checkpoint(tmp_path / "s", smaller), tmp_path / "dense")
+
+
+def test_checkpoints_that_do_not_belong_together_write_nothing(tmp_path, checkpoints):
+    base, _ = checkpoints
+    stranger = write_checkpoint(tmp_path / "x", {"other.weight": torch.randn(4, 4)})
+    with pytest.raises(CheckpointError, match="lacks 7 tensors"):
+        compress(base, stranger, tmp_path / "a", DTSConfig(density=0.5))
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 0.1, "rank": 3}, "one of budget, density and rank"),
+        ({"budget": 1.5}, "budget must lie"),
+        ({"density": 0.0}, "density must lie"),
+        ({"rank": -2}, "not be negative"),
+        ({"method": "magic"}, "known: "),
+        ({"embeddings": "some"}, "embeddings must be one of"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(DTSError, match=message):
+        DTSConfig(**settings)

@@ -1,0 +1,93 @@
+"""The import directions of the house: lower layers never import higher ones."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dts_fast
+
+PACKAGE = Path(dts_fast.__file__).parent
+
+# module -> the modules of the package it may import; a new file must find its place here.
+ALLOWED = {
+    "version": set(),
+    "errors": set(),
+    "native": set(),
+    "codes": {"errors"},
+    "atomic": {"errors"},
+    "fit": {"codes", "errors"},
+    "rank": {"fit", "errors"},
+    "checkpoint": {"errors"},
+    "fingerprint": {"errors"},
+    "card": set(),
+    "adapter_file": {"atomic", "checkpoint", "codes", "errors"},
+    "compress": {
+        "adapter_file", "atomic", "card", "checkpoint", "codes", "errors", "fingerprint", "fit", "rank", "version",
+    },
+    "export": {"adapter_file", "atomic", "checkpoint", "errors", "fingerprint"},
+    "verify": {"adapter_file", "checkpoint", "codes", "errors", "export", "fit"},
+    "reference": {"codes"},
+    "ops": {"codes", "native", "reference"},
+    "bank": {"errors"},
+    "routing": {"bank", "errors"},
+    "nn": {"bank", "codes", "errors", "ops", "reference", "routing"},
+    "model": {"adapter_file", "bank", "checkpoint", "errors", "fingerprint", "nn", "routing"},
+    "doctor": {"native", "ops", "version"},
+    "demo_lm": {"errors"},
+    "demo": {"adapter_file", "compress", "demo_lm", "errors", "export", "model"},
+    "cli": {"compress", "demo", "doctor", "errors", "export", "verify", "version"},
+    "__init__": {"adapter_file", "codes", "compress", "errors", "fit", "model", "nn", "routing", "version"},
+}  # fmt: skip
+
+
+def imports_of(file: Path) -> tuple[set[str], set[str]]:
+    """(modules of this package, top-level packages) that a file imports, anywhere in it."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            own |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+    return own - {"_C", "__version__"}, others
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_modules_import_only_what_lies_below_them(file):
+    own, _ = imports_of(file)
+    assert file.stem in ALLOWED, f"{file.name} has no place in the import directions yet"
+    assert own <= ALLOWED[file.stem]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_transformers_stays_where_models_are(file):
+    _, others = imports_of(file)
+    assert ("transformers" in others) <= (file.stem in {"model", "demo", "demo_lm"})
+    assert "dts_fast" not in others, "imports within the package are relative"
+
+
+def test_the_directions_have_no_cycle():
+    order: list[str] = []
+    while len(order) < len(ALLOWED):
+        ready = [name for name, needs in ALLOWED.items() if name not in order and needs <= set(order)]
+        assert ready, f"cycle among {sorted(set(ALLOWED) - set(order))}"
+        order += ready
+
+
+def test_the_command_line_answers_without_torch():
+    code = "import sys, dts_fast.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_functions_keep_their_names_beside_modules_of_the_same_name():
+    code = "import dts_fast.compress, dts_fast.fit; from dts_fast import compress, fit; compress.__code__, fit.__code__"
+    subprocess.run([sys.executable, "-c", code], check=True)
