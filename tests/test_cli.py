@@ -1,0 +1,116 @@
+"""The commands as a user runs them: exit codes, results on stdout, errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import fine_tuned, write_checkpoint
+from safetensors.torch import load_file
+
+from dts_fast.cli import main
+from dts_fast.doctor import diagnose, render
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    """Standard output of a command that must end with ``code``."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+@pytest.fixture
+def adapter(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    run("compress", "--base-model", base, "--model", tuned, "--out-path", tmp_path / "a", "--density", "0.5")
+    return tmp_path / "a"
+
+
+def test_compress_inspect_verify_export(tmp_path, checkpoints, adapter):
+    base, tuned = checkpoints
+    text = run("inspect", adapter)
+    assert "layers.0.proj.weight" in text
+    assert "24x12" in text
+    report = json.loads(run("inspect", adapter, "--json"))
+    assert report["nbytes"] == sum(f.stat().st_size for f in adapter.iterdir())
+    assert f"{report['share_of_base']:.3%}" in text
+    assert "matches its fine-tune" in run("verify", adapter, "--base-model", base, "--model", tuned)
+    assert json.loads(run("verify", adapter, "--base-model", base, "--model", tuned, "--json"))["matches"] is True
+    dense = tmp_path / "dense"
+    assert "7 tensors" in run("export", "full", adapter, "--base-model", base, "--out-path", dense)
+    assert load_file(dense / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("text", ["25%", "0.25"])
+def test_budgets_are_shares(tmp_path, checkpoints, text):
+    base, tuned = checkpoints
+    sizes = {n: torch.randn(80, 80) for n in ("x.weight", "y.weight")}
+    big = write_checkpoint(tmp_path / "big", load_file(base / "model.safetensors") | sizes)
+    tuned = write_checkpoint(tmp_path / "big_tuned", fine_tuned(load_file(big / "model.safetensors")))
+    out = run("compress", "--base-model", big, "--model", tuned, "--out-path", tmp_path / "a", "--budget", text)
+    assert "% of the base's" in out
+    assert json.loads(run("inspect", tmp_path / "a", "--json"))["share_of_base"] <= 0.25
+
+
+def test_verify_of_another_fine_tune_fails(tmp_path, checkpoints, adapter):
+    base, _ = checkpoints
+    other = write_checkpoint(tmp_path / "o", fine_tuned(load_file(base / "model.safetensors"), seed=9))
+    result = CliRunner().invoke(main, ["verify", str(adapter), "--base-model", str(base), "--model", str(other)])
+    assert result.exit_code == 1
+    assert "DOES NOT match" in result.stdout
+
+
+def test_errors_are_one_message_on_stderr_and_exit_code_1(tmp_path, checkpoints, adapter):
+    base, tuned = checkpoints
+    target = ("--out-path", tmp_path / "new")
+    again = run("compress", "--base-model", base, "--model", tuned, "--out-path", adapter, code=1)
+    assert again.startswith("error: ")
+    assert "exists already" in again
+    torch.save({}, tmp_path / "x.bin")
+    assert "pickle" in run("compress", "--base-model", base, "--model", tmp_path / "x.bin", *target, code=1)
+    assert "one of budget" in run(
+        "compress", "--base-model", base, "--model", tuned, *target, "--rank", 2, "--density", "0.1", code=1
+    )
+    assert "expected an adapter directory" in run("inspect", tmp_path, code=1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_usage_errors_are_exit_code_2(tmp_path):
+    assert "expected a share such as 1%" in run(
+        "compress", "--base-model", "b", "--model", "m", "--out-path", tmp_path / "a", "--budget", "lots", code=2
+    )
+
+
+def test_the_installed_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "from dts_fast.cli import main; main()", "inspect", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_reports_every_backend_with_a_reason():
+    report = json.loads(run("doctor", "--json"))
+    assert [backend["name"] for backend in report["backends"]] == ["plain torch", "CPU C++", "CUDA C++", "Triton"]
+    for backend in report["backends"]:
+        assert backend["used"] or backend["reason"]
+    assert report["torch"] == torch.__version__
+    assert "plain torch" in run("doctor")
+
+
+def test_doctor_says_why_there_is_no_extension_and_the_mend(monkeypatch):
+    from dts_fast import native
+
+    monkeypatch.setattr(native, "MODULE", None)
+    monkeypatch.setattr(native, "REASON", "not built")
+    cpu = next(b for b in diagnose()["backends"] if b["name"] == "CPU C++")
+    if not cpu["used"]:
+        assert cpu["reason"] == "the extension is not built"
+        assert "pip install --no-build-isolation" in cpu["mend"]
+    assert "pip install" in render(diagnose())

@@ -1,0 +1,274 @@
+"""`DTSModel` on small random models of four Hugging Face families, against dense checkpoints."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from dts_fast import DTSConfig, DTSModel, compress, route
+from dts_fast.errors import BaseMismatchError, CapacityError, DTSError, RoutingError, UnknownAdapterError
+from dts_fast.export import export_full
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 56}
+
+FAMILIES = {
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=99, num_key_value_heads=2, tie_word_embeddings=True, **SMALL)
+    ),
+    "llama untied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=99, **SMALL)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "bert": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(vocab_size=99, num_labels=3, **SMALL)
+    ),
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(image_size=16, patch_size=4, num_labels=3, **SMALL)
+    ),
+}
+
+
+@dataclass
+class Family:
+    """A base, two fine-tunes and their adapters on disk, and inputs for four rows."""
+
+    folder: Path
+    inputs: dict[str, torch.Tensor]
+
+    def base(self):
+        architecture = json.loads((self.folder / "base" / "config.json").read_text())["architectures"][0]
+        return getattr(transformers, architecture).from_pretrained(self.folder / "base").eval()
+
+    def dense(self, name: str):
+        """The exported dense checkpoint of an adapter, loaded by transformers alone."""
+        target = self.folder / f"dense_{name}"
+        if not target.exists():
+            export_full(self.folder / name, self.folder / "base", target)
+        return type(self.base()).from_pretrained(target).eval()
+
+    def model(self, **kwargs) -> DTSModel:
+        model = DTSModel.from_pretrained(self.folder / "base", self.folder / "a", "a", **kwargs)
+        model.load_adapter(self.folder / "b", "b")
+        return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory) -> Family:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
+    base = FAMILIES[request.param]()
+    base.save_pretrained(folder / "base")
+    for name in ("a", "b"):
+        tuned = FAMILIES[request.param]()
+        tuned.load_state_dict(base.state_dict())
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        tuned.save_pretrained(folder / f"tuned_{name}")
+        compress(folder / "base", folder / f"tuned_{name}", folder / name, DTSConfig(density=0.3))
+    if request.param == "vit":
+        return Family(folder, {"pixel_values": torch.randn(4, 3, 16, 16)})
+    return Family(folder, {"input_ids": torch.randint(3, 99, (4, 7))})
+
+
+def assert_logits_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """1e-4 relative to the size of the logits: float32 sums of base and delta apart instead of together."""
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_logits_equal_the_dense_checkpoints_single_and_mixed(family):
+    model = family.model()
+    expected = {name: family.dense(name)(**family.inputs).logits for name in ("a", "b")}
+    expected["__base__"] = family.base()(**family.inputs).logits
+    for name, logits in expected.items():
+        assert_logits_equal(model(**family.inputs, adapter_names=name).logits, logits)
+    names = ["b", "__base__", "a", "b"]
+    mixed = model(**family.inputs, adapter_names=names).logits
+    assert_logits_equal(mixed, torch.stack([expected[name][row] for row, name in enumerate(names)]))
+    # The adapters do something that this tolerance can see.
+    assert (expected["a"] - expected["b"]).abs().max() > 1e-2 * expected["a"].abs().max()
+
+
+@torch.no_grad()
+def test_active_adapter_disable_and_delete(family):
+    model, base = family.model(), family.base()(**family.inputs).logits
+    assert (model.adapter_names, model.active_adapter) == (["a", "b"], "a")
+    a = model(**family.inputs).logits
+    model.set_adapter("b")
+    b = model(**family.inputs).logits
+    assert not torch.allclose(a, b)
+    with model.disable_adapter():
+        assert torch.equal(model(**family.inputs).logits, base)
+    model.delete_adapter("b")
+    assert torch.equal(model(**family.inputs).logits, base)
+    model.load_adapter(family.folder / "b", "again")
+    assert torch.equal(model(**family.inputs, adapter_names="again").logits, b)
+    with pytest.raises(UnknownAdapterError, match="'b'; loaded: 'a', 'again'"):
+        model.set_adapter("b")
+
+
+@torch.no_grad()
+def test_merge_and_unload_is_the_dense_model(family):
+    expected = family.dense("b")(**family.inputs).logits
+    merged = family.model().merge_and_unload("b")
+    assert type(merged) is type(family.base())
+    assert_logits_equal(merged(**family.inputs).logits, expected)
+    assert merged.state_dict().keys() == family.base().state_dict().keys()
+    unmerged = family.model().merge_and_unload("__base__")
+    assert torch.equal(unmerged(**family.inputs).logits, family.base()(**family.inputs).logits)
+
+
+GENERATION = [
+    {},
+    {"num_beams": 3},
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"num_return_sequences": 3, "do_sample": True, "top_k": 1},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "llama untied", "gpt2"], indirect=True)
+@pytest.mark.parametrize("settings", GENERATION, ids=str)
+def test_generate_gives_each_row_the_text_of_its_own_model(family, settings):
+    model, ids = family.model(), family.inputs["input_ids"][:3]
+    settings = {"max_new_tokens": 6, "pad_token_id": 0} | settings
+    # Left padding, as in any batch of prompts.
+    ids[0, :2] = 0
+    mask = (ids != 0).long()
+    names = ["a", "__base__", "b"]
+    mixed = model.generate(ids, attention_mask=mask, adapter_names=names, **settings)
+    count = settings.get("num_return_sequences", 1)
+    for row, name in enumerate(names):
+        dense = family.base() if name == "__base__" else family.dense(name)
+        alone = dense.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **settings)
+        assert torch.equal(mixed[row * count : (row + 1) * count], alone)
+
+
+def test_bad_names_and_batches_are_refused(family):
+    model = family.model()
+    with pytest.raises(UnknownAdapterError, match="unknown adapter 'c'; loaded: 'a', 'b', and '__base__'"):
+        model(**family.inputs, adapter_names=["a", "c", "a", "a"])
+    with pytest.raises(RoutingError, match="3 adapter names for a batch of 4 rows"):
+        model(**family.inputs, adapter_names=["a", "b", "a"])
+    with pytest.raises(DTSError, match="'a' is loaded already"):
+        model.load_adapter(family.folder / "b", "a")
+    assert torch.isfinite(model(**family.inputs).logits).all()
+
+
+def test_a_full_model_keeps_what_it_has(family):
+    model = DTSModel.from_pretrained(family.folder / "base", family.folder / "a", "a", max_adapters=1)
+    with pytest.raises(CapacityError, match="all 1 slots are taken"):
+        model.load_adapter(family.folder / "b", "b")
+    assert model.adapter_names == ["a"]
+
+
+def test_another_base_is_refused_and_nothing_is_loaded(family):
+    with pytest.raises(BaseMismatchError, match="not the base the adapter was made for"):
+        DTSModel.from_pretrained(family.folder / "tuned_b", family.folder / "a")
+    other = FAMILIES["bert" if family.folder.name.startswith("llama") else "llama"]()
+    with pytest.raises(BaseMismatchError, match="the model has no parameters for"):
+        DTSModel.from_pretrained(other, family.folder / "a")
+    wrong = DTSModel(family.dense("b"))
+    with pytest.raises(BaseMismatchError):
+        wrong.load_adapter(family.folder / "a", "a")
+    assert wrong.adapter_names == []
+    assert wrong._wrappers == {}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_base_may_be_loaded_in_half_precision(family, dtype):
+    model = DTSModel.from_pretrained(family.folder / "base", family.folder / "a", "a", dtype=dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in family.inputs.items()}
+    logits = model(**inputs, adapter_names=["a", "__base__", "a", "a"]).logits
+    assert logits.dtype == dtype
+    expected = family.dense("a")(**family.inputs).logits
+    # Two layers of half-precision arithmetic against float32.
+    error = (logits[[0, 2, 3]].float() - expected[[0, 2, 3]]).abs().max() / expected.abs().max()
+    assert error < 20 * torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+def test_a_loaded_model_and_an_outer_route_work_too(family):
+    model = DTSModel.from_pretrained(family.base(), family.folder / "a", "a")
+    with route(["__base__", "a", "a", "__base__"]):
+        logits = model(**family.inputs).logits
+    assert torch.equal(logits, model(**family.inputs, adapter_names=["__base__", "a", "a", "__base__"]).logits)
+
+
+def bert_with_head(tmp_path: Path, name: str, num_labels: int) -> torch.nn.Module:
+    """A classifier fine-tuned from a bare encoder without head (names prefixed by ``bert.``), and its adapter."""
+    config = transformers.BertConfig(vocab_size=99, **SMALL)
+    if not (tmp_path / "base").exists():
+        transformers.BertModel(config).save_pretrained(tmp_path / "base")
+    config.num_labels = num_labels
+    tuned = transformers.BertForSequenceClassification(config).eval()
+    tuned.bert.load_state_dict(transformers.BertModel.from_pretrained(tmp_path / "base").state_dict())
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    tuned.save_pretrained(tmp_path / f"tuned_{name}")
+    compress(tmp_path / "base", tmp_path / f"tuned_{name}", tmp_path / name, DTSConfig(density=1.0, embeddings="full"))
+    return tuned
+
+
+@torch.no_grad()
+def test_new_heads_come_with_their_model_class_and_mix_when_of_one_size(tmp_path):
+    bert_with_head(tmp_path, "three", 3)
+    bert_with_head(tmp_path, "other", 3)
+    bert_with_head(tmp_path, "five", 5)
+    ids = torch.randint(3, 99, (2, 6))
+    model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "three", "three")
+    for name in ("other", "five"):
+        model.load_adapter(tmp_path / name, name)
+    assert type(model.model) is transformers.BertForSequenceClassification
+    expected = {}
+    for name, labels in (("three", 3), ("other", 3), ("five", 5)):
+        export_full(tmp_path / name, tmp_path / "base", tmp_path / f"dense_{name}")
+        config = transformers.BertConfig.from_pretrained(tmp_path / f"tuned_{name}")
+        dense = transformers.BertForSequenceClassification(config)
+        state = load_file(tmp_path / f"dense_{name}" / "model.safetensors")
+        # The base's names have no prefix; the head keeps the fine-tune's.
+        dense.load_state_dict({n if n.startswith("classifier") else f"bert.{n}": t for n, t in state.items()})
+        expected[name] = dense.eval()(ids).logits
+        logits = model(ids, adapter_names=name).logits
+        assert logits.shape == (2, labels)
+        assert_logits_equal(logits, expected[name])
+    mixed = model(ids, adapter_names=["other", "three"]).logits
+    assert_logits_equal(mixed, torch.stack([expected["other"][0], expected["three"][1]]))
+    with pytest.raises(RoutingError, match="heads of different sizes"):
+        model(ids, adapter_names=["five", "three"])
+
+
+def test_a_head_the_model_lacks_is_said(tmp_path):
+    bert_with_head(tmp_path, "three", 3)
+    bare = transformers.BertModel.from_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match="classifier"):
+        DTSModel.from_pretrained(bare, tmp_path / "three")
+
+
+@torch.no_grad()
+def test_a_base_file_beside_its_config_is_enough(tmp_path):
+    """A single .safetensors file with another name, as in shared folders of fine-tunes."""
+    tuned = bert_with_head(tmp_path, "three", 3)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    (tmp_path / "flat").mkdir()
+    save_file(tensors, tmp_path / "flat" / "encoder.safetensors", metadata={"format": "pt"})
+    (tmp_path / "flat" / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
+    ids = torch.randint(3, 99, (2, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = DTSModel.from_pretrained(tmp_path / "flat" / "encoder.safetensors", tmp_path / "three")
+    reference = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "three")
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+    assert type(model.model) is type(tuned)

@@ -1,0 +1,80 @@
+"""The extension module, and the package without it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dts_fast
+from dts_fast import native
+
+ROOT = Path(dts_fast.__file__).parent.parent
+
+
+@pytest.mark.skipif(native.MODULE is None, reason=f"extension {native.REASON}")
+def test_cpu_features_agree_with_the_operating_system():
+    features = native.MODULE.cpu_features()
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not cpuinfo.exists():
+        pytest.skip("needs /proc/cpuinfo of x86-64")
+    flags = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")).split()
+    known_as = {"avx512_vbmi": "avx512vbmi"}
+    for name, present in features.items():
+        assert present == (known_as.get(name, name) in flags), name
+
+
+@pytest.mark.skipif(native.MODULE is None, reason=f"extension {native.REASON}")
+def test_build_info():
+    info = native.MODULE.build_info()
+    assert info["cuda"] is False
+    assert info["cplusplus"] >= 201703
+    assert info["torch"]
+
+
+def python_without_extension(code: str) -> subprocess.CompletedProcess:
+    hide = "import sys; sys.modules['dts_fast._C'] = None\n"
+    return subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True, check=False)
+
+
+def test_everything_works_without_the_extension():
+    code = """
+import torch
+from dts_fast import DTSLinear, fit, native, route
+from dts_fast.doctor import diagnose
+layer = DTSLinear(torch.nn.Linear(8, 8))
+layer.load_adapter("a", fit(torch.randn(8, 8), rank=2))
+with route("a"):
+    assert layer(torch.ones(2, 8)).shape == (2, 8)
+assert native.MODULE is None
+print(next(b for b in diagnose()["backends"] if b["name"] == "CPU C++")["reason"])
+"""
+    done = python_without_extension(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the extension is ")
+
+
+@pytest.mark.parametrize("choice", ["auto", "cpu"])
+def test_a_broken_compiler_falls_back_loudly_or_fails_when_asked(tmp_path, choice):
+    environment = os.environ | {"CXX": "/bin/false", "CC": "/bin/false", "DTS_FAST_BUILD": choice}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode == 0) == (choice == "auto")
+    if choice == "auto":
+        assert "was NOT built" in done.stderr
+    assert not list(tmp_path.rglob("_C*"))
+
+
+def test_an_unknown_build_choice_is_refused():
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT, env=os.environ | {"DTS_FAST_BUILD": "fast"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "auto, cpu, none" in done.stderr
