@@ -48,8 +48,8 @@ def threshold(values: Tensor) -> tuple[Tensor, Tensor]:
     return codes.reshape(values.shape), levels.float()
 
 
-# Up to this size the exact SVD costs little, and its singular vectors carry the published code's signs.
-_EXACT_SVD_SIZE = 256
+# Up to this many elements the exact SVD costs little, and its singular vectors carry the published code's signs.
+_EXACT_SVD_ELEMENTS = 256 * 256
 # Up to this size (or for ranks that are a large part of it) all eigenpairs of the Gram matrix are cheaper than
 # iterating on a subspace.
 _GRAM_SIZE = 1024
@@ -64,7 +64,7 @@ def decompose(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         U ``[N, r]``, s ``[r]`` descending, V ``[K, r]``. Singular vectors of singular value 0 are 0.
     """
     small = min(delta.shape)
-    if small <= _EXACT_SVD_SIZE:
+    if delta.numel() <= _EXACT_SVD_ELEMENTS:
         u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
         return u[:, :rank].to(delta), s[:rank].to(delta), vh[:rank].t().to(delta)
     if delta.shape[0] < delta.shape[1]:

@@ -47,6 +47,15 @@ class DTSModel(nn.Module):
             model.register_forward_hook(_restore_route, always_call=True),
         ]
 
+    def __getattr__(self, name: str):
+        # What is not an adapter's business (config, device, ...) is the model's.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
     @classmethod
     def from_pretrained(
         cls,

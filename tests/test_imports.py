@@ -38,8 +38,9 @@ ALLOWED = {
     "nn": {"bank", "codes", "errors", "ops", "reference", "routing"},
     "model": {"adapter_file", "bank", "checkpoint", "errors", "fingerprint", "nn", "routing"},
     "doctor": {"native", "ops", "version"},
+    "hardware": {"version"},
     "demo_lm": {"errors"},
-    "demo": {"adapter_file", "compress", "demo_lm", "errors", "export", "model"},
+    "demo": {"adapter_file", "compress", "demo_lm", "errors", "hardware", "model"},
     "cli": {"compress", "demo", "doctor", "errors", "export", "verify", "version"},
     "__init__": {"adapter_file", "codes", "compress", "errors", "fit", "model", "nn", "routing", "version"},
 }  # fmt: skip
