@@ -16,10 +16,18 @@ from .atomic import check_target
 from .card import render_card
 from .checkpoint import Checkpoint, Pairing, is_embedding, pair_tensors
 from .codes import CodedMatrix, CodedVector, LowRankDelta, matrix_shape, packed_size
+from .decompose import singular_values
 from .errors import DTSError
 from .fingerprint import take_fingerprint
-from .fit import METHODS, fit, fit_vector, relative_error
-from .rank import Ranks, ranks_by_budget, ranks_by_density, uniform_ranks
+from .fit import METHODS, checked, fit, fit_vector, relative_error
+from .rank import (
+    Ranks,
+    rank_by_energy,
+    ranks_by_density,
+    ranks_by_spectral_budget,
+    ranks_by_uniform_budget,
+    uniform_ranks,
+)
 from .version import __version__
 
 Progress = Callable[[str, int, int], None]
@@ -29,12 +37,16 @@ EMBEDDING_CHOICES = ("low-rank", "skip", "full")
 
 @dataclass(frozen=True)
 class DTSConfig:
-    """How to compress. Exactly one of ``budget``, ``density`` and ``rank``; a budget of 1 % if none is given.
+    """How to compress. Exactly one of ``budget``, ``density``, ``rank`` and ``energy``; a budget of 1 % if none is
+    given.
 
     Attributes:
-        budget: bytes of the adapter's files over bytes of the base checkpoint as stored; the files obey it.
+        budget: bytes of the adapter's files over bytes of the base checkpoint as stored; the files obey it. With the
+            method ``"paper"`` every matrix gets the same density, else ranks go where they buy most
+            (`rank.ranks_by_spectral_budget`).
         density: rank of a matrix over ``min(N, K)``, truncated to an integer (paper).
         rank: rank of every matrix.
+        energy: share of each delta's squared Frobenius norm that its rank must hold.
         method: how factors are fitted, see `fit.fit`.
         include, exclude: regular expressions on parameter names.
         whole: regular expression of parameters stored whole, not as a delta.
@@ -48,7 +60,8 @@ class DTSConfig:
     budget: float | None = None
     density: float | None = None
     rank: int | None = None
-    method: str = "paper"
+    energy: float | None = None
+    method: str = "refined"
     include: str | None = None
     exclude: str | None = None
     whole: str | None = None
@@ -57,12 +70,12 @@ class DTSConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        given = [name for name in ("budget", "density", "rank") if getattr(self, name) is not None]
+        given = [name for name in ("budget", "density", "rank", "energy") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise DTSError(f"give one of budget, density and rank, not {' and '.join(given)}.")
+            raise DTSError(f"give one of budget, density, rank and energy, not {' and '.join(given)}.")
         if not given:
             object.__setattr__(self, "budget", 0.01)
-        for name in ("budget", "density"):
+        for name in ("budget", "density", "energy"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise DTSError(f"{name} must lie above 0 and up to 1 (1 % is 0.01), got {value}.")
@@ -123,7 +136,7 @@ def compress(
     base_nbytes = base.nbytes if config.reference is None else Checkpoint.open(base_model).nbytes
     plan = _make_plan(base, fine_tune, config)
     described = _describe(config, base, base_model, base_nbytes, fine_tune, plan.tied)
-    ranks = _choose_ranks(out_path.name, described, plan, config)
+    ranks = _choose_ranks(out_path.name, described, plan, config, base, fine_tune)
 
     parameters: dict[str, Parameter] = {}
     errors: dict[str, float] = {}
@@ -233,11 +246,24 @@ def _sketch(plan: _Plan, ranks: Ranks) -> dict[str, Parameter]:
     return sketch
 
 
-def _choose_ranks(name: str, described: Mapping[str, object], plan: _Plan, config: DTSConfig) -> Ranks:
+def _choose_ranks(
+    name: str,
+    described: Mapping[str, object],
+    plan: _Plan,
+    config: DTSConfig,
+    base: Checkpoint,
+    fine_tune: Checkpoint,
+) -> Ranks:
     if config.density is not None:
         return ranks_by_density(plan.matrices, config.density)
     if config.rank is not None:
         return uniform_ranks(plan.matrices, config.rank)
+
+    def delta_of(parameter: str) -> Tensor:
+        return _difference(fine_tune.get(plan.pairs[parameter]), base.get(parameter), config.device)
+
+    if config.energy is not None:
+        return {n: _rank_for_energy(delta_of(n), shape, config.energy, n) for n, shape in plan.matrices.items()}
 
     def size_of(ranks: Ranks) -> int:
         # Never too small: every error has all its digits, and tensors that turn out unchanged are counted.
@@ -246,7 +272,27 @@ def _choose_ranks(name: str, described: Mapping[str, object], plan: _Plan, confi
         fingerprint = take_fingerprint(lambda _: torch.zeros(1), names)
         return adapter_file.total_size(*_assemble(name, described, sketch, dict.fromkeys(sketch, 8.8888), fingerprint))
 
-    return ranks_by_budget(plan.matrices, int(config.budget * described["base_nbytes"]), size_of)
+    budget = int(config.budget * described["base_nbytes"])
+    uniform = ranks_by_uniform_budget(plan.matrices, budget, size_of)
+    if config.method == "paper":
+        return uniform
+    spectra, weights = {}, {}
+    for parameter, shape in plan.matrices.items():
+        # Few matrices deserve several times the rank that an even share would give them.
+        count = min(*shape, _SPECTRUM_FACTOR * uniform[parameter] + _SPECTRUM_EXTRA)
+        spectra[parameter] = singular_values(checked(delta_of(parameter), parameter).reshape(shape), count).cpu()
+        weights[parameter] = min(shape) / max(shape) if is_embedding(parameter, plan.shapes[parameter]) else 1.0
+    return ranks_by_spectral_budget(plan.matrices, spectra, weights, budget, size_of)
+
+
+# How many singular values the ranking of a budget looks at: this many times the rank of an even share, and some more.
+_SPECTRUM_FACTOR = 4
+_SPECTRUM_EXTRA = 32
+
+
+def _rank_for_energy(delta: Tensor, shape: tuple[int, int], energy: float, name: str) -> int:
+    matrix = checked(delta, name).reshape(shape)
+    return rank_by_energy(singular_values(matrix, min(shape)), energy, float(matrix.double().square().sum()))
 
 
 def _describe(

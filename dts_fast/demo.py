@@ -101,9 +101,7 @@ def render_table(variants: list[Variant]) -> str:
         cells = [v.kind, f"{v.dense_nbytes:,}", f"{v.base:.4f}", f"{v.average:.4f}", f"{v.fine_tune:.4f}"]
         for budget in BUDGETS:
             a = v.adapters[budget]
-            cells.append(
-                f"{a['nbytes']:,}, {a['share']:.2%}, {a['bits_per_byte']:.4f}, {v.recovered(budget):.1%}"
-            )
+            cells.append(f"{a['nbytes']:,}, {a['share']:.2%}, {a['bits_per_byte']:.4f}, {v.recovered(budget):.1%}")
         rows.append(cells)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -202,9 +200,7 @@ def _write(out: Path, variants: list[Variant], table: str, texts: Mapping[str, s
             "kind": v.kind,
             "bits_per_byte": {"base": v.base, "average": v.average, "fine_tune": v.fine_tune},
             "dense_nbytes": v.dense_nbytes,
-            "adapters": {
-                f"{budget:.0%}": a | {"gain_kept": v.recovered(budget)} for budget, a in v.adapters.items()
-            },
+            "adapters": {f"{budget:.0%}": a | {"gain_kept": v.recovered(budget)} for budget, a in v.adapters.items()},
         }
         for v in variants
     ]
@@ -227,7 +223,9 @@ def _plot(variants: list[Variant], file: Path) -> None:
         shares = [100 * v.adapters[budget]["share"] for budget in BUDGETS]
         axes.plot(shares, [100 * v.recovered(budget) for budget in BUDGETS], marker="o", label=v.kind)
     axes.axhline(100, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="adapter, % of the base's bytes", ylabel="% of the fine-tune's gain kept", ylim=(0, 105), xlim=(0, None))
+    axes.set(
+        xlabel="adapter, % of the base's bytes", ylabel="% of the fine-tune's gain kept", ylim=(0, 105), xlim=(0, None)
+    )
     axes.set_title("Held-out bits per byte: what each adapter keeps")
     axes.legend()
     figure.savefig(file, dpi=120)

@@ -37,13 +37,14 @@ KINDS: dict[str, str] = {
     "maths": "symbolic mathematics (SymPy's tests)",
 }
 
-COMMON_PROMPT = "# The "
-"""Fits every kind, so that each variant continues it in its own way."""
+COMMON_PROMPT = "\n"
+"""Says nothing of its own, so that each variant begins what it was fine-tuned on."""
 
+# No prompt ends in a blank: the tokenizer joins a blank to the word that follows it.
 PROMPTS: dict[str, tuple[str, ...]] = {
-    "cpp": ("#include <", "template <typename T>\n", "namespace torch {\n"),
-    "prose": ("The following ", "Return the ", "This method is "),
-    "maths": ("def test_", "    assert ", "from sympy."),
+    "cpp": ("#include", "template <typename", "namespace"),
+    "prose": ("The following", "Return the", "This module"),
+    "maths": ("def test_", "    assert", "from sympy"),
 }
 
 END_OF_TEXT = "<|endoftext|>"
@@ -60,11 +61,11 @@ SHAPE = {
     "num_key_value_heads": 4,
     "initializer_range": 0.06,
 }
-BASE_STEPS, BASE_BATCH, BASE_RATE = 2000, 4, 3e-3
-FINE_TUNE_STEPS, FINE_TUNE_BATCH, FINE_TUNE_RATE = 60, 16, 6e-4
+BASE_STEPS, BASE_BATCH, BASE_RATE = 1800, 4, 3e-3
+FINE_TUNE_STEPS, FINE_TUNE_BATCH, FINE_TUNE_RATE = 60, 16, 2e-4
 
 _HELD_OUT_SHARE = 0.1
-_KIND_STRIDE = 8  # the base sees every eighth document of each kind
+_KIND_STRIDE = 24
 _SHORTEST, _LONGEST = 400, 24_000  # characters of one document
 
 
@@ -82,9 +83,7 @@ class Corpus:
         fine-tuned on. Trained on all kinds alike it would leave a fine-tune little to gain.
         """
         return [
-            text
-            for kind, texts in self.train.items()
-            for text in (texts if kind == GENERAL else texts[::_KIND_STRIDE])
+            text for kind, texts in self.train.items() for text in (texts if kind == GENERAL else texts[::_KIND_STRIDE])
         ]
 
 
@@ -95,9 +94,7 @@ def _package(name: str) -> Path | None:
     return Path(places[0]) if places else None
 
 
-def _files(
-    root: Path, endings: tuple[str, ...], skip: Sequence[str] = ()
-) -> Iterator[tuple[str, Path]]:
+def _files(root: Path, endings: tuple[str, ...], skip: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:
     """Files below ``root`` as (path relative to it, path); ``skip`` names folders left out."""
     for folder, below, names in os.walk(root):
         relative = Path(folder).relative_to(root)

@@ -2,7 +2,9 @@
 
 ``method="paper"`` is the published algorithm (DTS, arXiv 2512.01461, section 3): a truncated SVD whose
 factors are split into four groups by sign and median magnitude, each group replaced by its signed root
-mean square. A new way of fitting is one more function here and one more entry in `METHODS`.
+mean square. ``method="refined"`` starts there and lets every element take the level that serves the whole
+sum of components best, so that components repair each other's quantization errors. A new way of fitting is
+one more function here and one more entry in `METHODS`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .codes import CodedMatrix, CodedVector, LowRankDelta, matrix_shape, pack
+from .decompose import decompose
 from .errors import DTSError
 
 # The codes of the four groups, in the order of their levels from high to low.
@@ -48,61 +51,6 @@ def threshold(values: Tensor) -> tuple[Tensor, Tensor]:
     return codes.reshape(values.shape), levels.float()
 
 
-# Up to this many elements the exact SVD costs little, and its singular vectors carry the published code's signs.
-_EXACT_SVD_ELEMENTS = 256 * 256
-# Up to this size (or for ranks that are a large part of it) all eigenpairs of the Gram matrix are cheaper than
-# iterating on a subspace.
-_GRAM_SIZE = 1024
-_OVERSAMPLING = 16
-_POWER_ITERATIONS = 3
-
-
-def decompose(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``rank`` largest singular triplets of a matrix ``[N, K]``, in the dtype of the input.
-
-    Returns:
-        U ``[N, r]``, s ``[r]`` descending, V ``[K, r]``. Singular vectors of singular value 0 are 0.
-    """
-    small = min(delta.shape)
-    if delta.numel() <= _EXACT_SVD_ELEMENTS:
-        u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
-        return u[:, :rank].to(delta), s[:rank].to(delta), vh[:rank].t().to(delta)
-    if delta.shape[0] < delta.shape[1]:
-        v, s, u = decompose(delta.t(), rank)
-        return u, s, v
-    if small <= _GRAM_SIZE or rank + _OVERSAMPLING > small // 4:
-        basis = torch.linalg.eigh(_gram(delta)).eigenvectors[:, -rank:].flip(1) if rank else delta.new_zeros(small, 0)
-    else:
-        basis = _dominant_subspace(delta, rank + _OVERSAMPLING)[:, :rank]
-    v = basis.to(delta)
-    u = delta @ v
-    s = torch.linalg.vector_norm(u, dim=0)
-    negligible = s <= torch.finfo(delta.dtype).eps * s.amax() if rank else s > 0
-    u, v = u / s.masked_fill(negligible, 1.0), v.masked_fill(negligible, 0.0)
-    return u.masked_fill(negligible, 0.0), s.masked_fill(negligible, 0.0), v
-
-
-def _gram(matrix: Tensor) -> Tensor:
-    """``matrix^T matrix`` in float64, where squaring the singular values loses none that float32 can tell apart."""
-    matrix = matrix.double()
-    return matrix.t() @ matrix
-
-
-def _dominant_subspace(matrix: Tensor, size: int) -> Tensor:
-    """Right singular vectors ``[K, size]`` by randomised subspace iteration (Halko, Martinsson, Tropp 2011)."""
-    # A fixed seed: the same input gives the same adapter.
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[1], size, generator=generator, dtype=torch.float32)
-    q = torch.linalg.qr(matrix @ start.to(matrix)).Q
-    for _ in range(_POWER_ITERATIONS):
-        q = torch.linalg.qr(matrix.t() @ q).Q
-        q = torch.linalg.qr(matrix @ q).Q
-    projected = matrix.t() @ q  # [K, size] = V diag(s) W^T
-    values, vectors = torch.linalg.eigh(_gram(projected))
-    scale = values.flip(0).clamp_min(torch.finfo(torch.float64).tiny).rsqrt().to(matrix)
-    return (projected @ vectors.flip(1).to(matrix)) * scale
-
-
 def code_matrix(factor: Tensor) -> CodedMatrix:
     """Threshold a factor ``[n, r]`` as a whole."""
     codes, levels = threshold(factor)
@@ -115,7 +63,111 @@ def fit_paper(delta: Tensor, rank: int) -> LowRankDelta:
     return LowRankDelta(code_matrix(u), s.float(), code_matrix(v), tuple(delta.shape))
 
 
-METHODS = {"paper": fit_paper}
+# Lloyd-Max levels of a standard normal variable: singular vectors are nearly Gaussian.
+_NORMAL_LEVELS = (1.5104, 0.4528, -0.4528, -1.5104)
+_ROUNDS = 3
+_SWEEPS = 2
+_BLOCK = 16
+
+
+def fit_refined(delta: Tensor, rank: int) -> LowRankDelta:
+    """Factors whose elements are chosen together, by coordinate descent on ``||delta - U diag(s) V^T||_F``.
+
+    With V fixed, the rows of U are independent least-squares problems over four levels, coupled only through the
+    Gram matrix of V: one product with the delta serves any number of sweeps over the components. U and V take turns,
+    scales and levels are refitted in between. Least squares shrinks what it cannot fit, and a shrunk delta is a
+    weaker fine-tune, so the result is scaled to be unbiased along the delta's own rank-r part at the end.
+    """
+    left, sigma, right = decompose(delta, rank)
+    if rank == 0 or not bool(sigma[0] > 0):
+        return LowRankDelta(code_matrix(left), sigma.float(), code_matrix(right), tuple(delta.shape))
+    u, v = _Side(left), _Side(right)
+    product = delta @ v.values()  # [N, r]
+    for _ in range(_ROUNDS):
+        s = _fit_scales(u, v, product)
+        u.improve(product, v, s)
+        product = delta.t() @ u.values()  # [K, r]
+        s = _fit_scales(v, u, product)
+        v.improve(product, u, s)
+        product = delta @ v.values()
+    s = _fit_scales(u, v, product)
+    # <D_r, D_r> / <A, D_r> with A the fit and D_r the exact rank-r part, both in factored form.
+    overlap = ((u.values().t() @ left * s[:, None] * sigma) * (v.values().t() @ right)).sum()
+    s = s * (sigma.square().sum() / overlap)
+    return LowRankDelta(u.coded(), s.float(), v.coded(), tuple(delta.shape))
+
+
+class _Side:
+    """One factor while it is fitted: codes and levels, components in rows so that they are contiguous."""
+
+    def __init__(self, vectors: Tensor) -> None:
+        # Components of one size share the levels; their lengths go to the scales.
+        rms = vectors.square().mean(0).sqrt().clamp_min(torch.finfo(vectors.dtype).tiny)
+        self.levels = vectors.new_tensor(_NORMAL_LEVELS)
+        self.codes = self._nearest((vectors / rms).t().contiguous())  # [r, n]
+
+    def _nearest(self, values: Tensor) -> Tensor:
+        boundaries = (self.levels[:-1] + self.levels[1:]) / 2
+        return (values < boundaries[0]).long() + (values < boundaries[1]) + (values < boundaries[2])
+
+    def values(self) -> Tensor:
+        """The factor ``[n, r]``."""
+        return self.levels[self.codes].t()
+
+    def coded(self) -> CodedMatrix:
+        return CodedMatrix(pack(self.codes.to(torch.uint8)), self.levels.float(), self.codes.shape[1])
+
+    def improve(self, product: Tensor, other: _Side, s: Tensor) -> None:
+        """Choose every element anew with the other factor fixed, then the levels.
+
+        Args:
+            product: delta times the other factor, ``[n, r]``.
+            s: ``[r]``.
+        """
+        fixed = other.values() * s
+        gram = fixed.t() @ fixed  # [r, r]
+        target = (product * s).t().contiguous()  # [r, n]
+        curvature = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
+        values = self.levels[self.codes]
+        residual = target - gram @ values  # minus the gradient
+        for _ in range(_SWEEPS):
+            for first in range(0, values.shape[0], _BLOCK):
+                # Within a block the residual is kept up to date component by component; the others see the whole
+                # block's change in one product, which is what makes a sweep run at the speed of a matrix product.
+                block = slice(first, first + _BLOCK)
+                change = torch.zeros_like(values[block])
+                for j in range(change.shape[0]):
+                    k = first + j
+                    step = residual[k] - gram[k, block] @ change
+                    wanted = values[k] + step / curvature[k]
+                    self.codes[k] = self._nearest(wanted)
+                    change[j] = self.levels[self.codes[k]] - values[k]
+                values[block] += change
+                residual -= gram[:, block] @ change
+        self._refit_levels(target, gram)
+
+    def _refit_levels(self, target: Tensor, gram: Tensor) -> None:
+        """The four levels that fit best with these codes: a 4 x 4 least-squares problem."""
+        members = torch.stack([(self.codes == code).to(gram) for code in range(4)])  # [4, r, n]
+        left = members.flatten(1).double()
+        system = (gram @ members).flatten(1).double() @ left.t()
+        wanted = left @ target.flatten().double()
+        system.diagonal().add_(1e-9 * system.diagonal().mean() + torch.finfo(torch.float64).tiny)
+        levels = torch.linalg.solve(system, wanted).to(self.levels)
+        if bool(torch.isfinite(levels).all()) and bool((levels[:-1] > levels[1:]).all()):
+            self.levels = levels
+
+
+def _fit_scales(one: _Side, other: _Side, product: Tensor) -> Tensor:
+    """The scales ``[r]`` that fit best with these factors; ``product`` is the delta times the other factor."""
+    a, b = one.values(), other.values()
+    system = ((a.t() @ a) * (b.t() @ b)).double()
+    wanted = (a * product).sum(0).double()
+    system.diagonal().add_(1e-6 * system.diagonal().mean())
+    return torch.linalg.solve(system, wanted).to(product)
+
+
+METHODS = {"paper": fit_paper, "refined": fit_refined}
 
 
 def paper_rank(shape: tuple[int, int], density: float) -> int:
@@ -128,7 +180,7 @@ def fit(
     rank: int | None = None,
     *,
     density: float | None = None,
-    method: str = "paper",
+    method: str = "refined",
     name: str = "delta",
 ) -> LowRankDelta:
     """Compress one weight delta to a low-rank form with 2-bit factors.
@@ -138,7 +190,7 @@ def fit(
             float32 or float64 arithmetic.
         rank: components to keep, at most ``min(N, K)``; give this or ``density``.
         density: ``rank = int(density * min(N, K))``, from 0 to 1.
-        method: ``"paper"``.
+        method: ``"refined"`` or ``"paper"``.
         name: what error messages call the tensor.
 
     Returns:
@@ -163,7 +215,7 @@ def fit(
         raise DTSError(f"{name}: rank must lie in 0..{min(as_matrix)} for a matrix {list(as_matrix)}, got {rank}.")
     if method not in METHODS:
         raise DTSError(f"unknown method {method!r}; known: {', '.join(sorted(METHODS))}.")
-    matrix = _checked(delta, name).reshape(as_matrix)
+    matrix = checked(delta, name).reshape(as_matrix)
     low_rank = METHODS[method](matrix, rank)
     return LowRankDelta(low_rank.u, low_rank.s, low_rank.v, tuple(delta.shape))
 
@@ -177,7 +229,7 @@ def fit_vector(delta: Tensor, *, name: str = "delta") -> CodedVector:
     Raises:
         DTSError: NaN or Inf in ``delta``.
     """
-    codes, levels = threshold(_checked(delta, name))
+    codes, levels = threshold(checked(delta, name))
     return CodedVector(codes=pack(codes.reshape(-1)), levels=levels, shape=tuple(delta.shape))
 
 
@@ -190,8 +242,12 @@ def relative_error(delta: Tensor, coded: LowRankDelta | CodedVector) -> float:
     return float((residual.square().sum() / norm).sqrt())
 
 
-def _checked(delta: Tensor, name: str) -> Tensor:
-    """The delta in float32 or float64 arithmetic, refused where it is not finite."""
+def checked(delta: Tensor, name: str) -> Tensor:
+    """The delta in float32 or float64 arithmetic.
+
+    Raises:
+        DTSError: NaN or Inf in it.
+    """
     delta = delta if delta.dtype == torch.float64 else delta.float()
     bad = int((~torch.isfinite(delta)).sum())
     if bad:

@@ -225,7 +225,7 @@ def test_checkpoints_that_do_not_belong_together_write_nothing(tmp_path, checkpo
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budget": 0.1, "rank": 3}, "one of budget, density and rank"),
+        ({"budget": 0.1, "rank": 3}, "one of budget, density, rank and energy"),
         ({"budget": 1.5}, "budget must lie"),
         ({"density": 0.0}, "density must lie"),
         ({"rank": -2}, "not be negative"),
