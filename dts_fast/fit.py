@@ -9,6 +9,8 @@ one more function here and one more entry in `METHODS`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -216,8 +218,10 @@ def fit(
     if method not in METHODS:
         raise DTSError(f"unknown method {method!r}; known: {', '.join(sorted(METHODS))}.")
     matrix = checked(delta, name).reshape(as_matrix)
-    low_rank = METHODS[method](matrix, rank)
-    return LowRankDelta(low_rank.u, low_rank.s, low_rank.v, tuple(delta.shape))
+    # Squares of very small or large deltas leave float32's range. A power of two changes no digit.
+    unit = 2.0 ** math.floor(math.log2(matrix.abs().max())) if matrix.numel() and bool(matrix.any()) else 1.0
+    low_rank = METHODS[method](matrix / unit, rank)
+    return LowRankDelta(low_rank.u, low_rank.s * unit, low_rank.v, tuple(delta.shape))
 
 
 def fit_vector(delta: Tensor, *, name: str = "delta") -> CodedVector:

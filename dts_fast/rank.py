@@ -49,8 +49,8 @@ def ranks_by_uniform_budget(shapes: Shapes, budget: int, size_of: Callable[[Rank
         DTSError: even rank 0 everywhere is larger than the budget.
     """
     _check_smallest(shapes, budget, size_of)
-    # Every density at which some matrix gains a rank, in order: the search is over these.
-    steps = sorted({(r + 0.5) / min(shape) for shape in shapes.values() for r in range(min(shape) + 1)})
+    # Every density at which some matrix gains a rank, in order, just past the rounding of the division.
+    steps = sorted({r / min(shape) * (1 + 1e-9) for shape in shapes.values() for r in range(1, min(shape) + 1)})
     return _largest(lambda i: ranks_by_density(shapes, steps[i - 1]) if i else ranks_by_density(shapes, 0.0),
                     len(steps), budget, size_of)  # fmt: skip
 

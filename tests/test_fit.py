@@ -172,3 +172,65 @@ def test_relative_error():
     expected = (delta - fitted.dequantize()).norm() / delta.norm()
     assert relative_error(delta, fitted) == pytest.approx(float(expected), rel=1e-5)
     assert relative_error(torch.zeros(8, 6), fitted) == 0.0
+
+
+def decaying(n: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A random matrix with the spectrum of a fine-tune's delta."""
+    u = torch.linalg.qr(torch.randn(n, min(n, k), dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(k, min(n, k), dtype=torch.float64)).Q
+    return ((u * 0.93 ** torch.arange(min(n, k))) @ v.t()).to(dtype)
+
+
+def best_scaled_error(delta: torch.Tensor, approximation: torch.Tensor) -> float:
+    """Relative error after the best common factor: how well the direction fits, whatever the length."""
+    cosine = (delta * approximation).sum() / (delta.norm() * approximation.norm())
+    return float((1 - cosine.square()).sqrt())
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (61, 33), (300, 280)])
+@pytest.mark.parametrize("rank", [1, 7, 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_refined_is_unbiased_along_the_exact_low_rank_part(shape, rank, dtype):
+    delta = decaying(*shape, dtype)
+    u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    exact = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    fitted = fit(delta, rank, method="refined").dequantize(torch.float64)
+    assert float((fitted * exact).sum() / exact.square().sum()) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("rank", [4, 16, 40])
+def test_refined_fits_better_than_the_paper_and_errors_are_repaired_at_high_rank(rank):
+    delta = decaying(160, 120)
+    paper, refined = (fit(delta, rank, method=method).dequantize() for method in ("paper", "refined"))
+    assert best_scaled_error(delta, refined) < best_scaled_error(delta, paper)
+    if rank == 40:
+        assert best_scaled_error(delta, refined) < 0.75 * best_scaled_error(delta, paper)
+
+
+def test_refined_finds_a_delta_that_four_levels_hold_exactly():
+    delta = 0.3 * torch.outer(torch.randn(50).sign(), torch.randn(40).sign())
+    torch.testing.assert_close(fit(delta, 1, method="refined").dequantize(), delta, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["paper", "refined"])
+def test_degenerate_deltas_stay_finite(method):
+    few = torch.zeros(30, 20)
+    few[:2] = torch.randn(2, 20)
+    constant = torch.ones(30, 20)
+    for delta in (torch.zeros(30, 20), few, constant, 1e-30 * few, 1e30 * torch.randn(30, 20).clamp(-1, 1)):
+        for rank in (0, 1, 5, 20):
+            fitted = fit(delta, rank, method=method)
+            assert fitted.rank == rank
+            assert torch.isfinite(fitted.dequantize(torch.float64)).all()
+    assert relative_error(constant, fit(constant, 1, method=method)) < 1e-3
+    assert torch.equal(fit(torch.zeros(30, 20), 5, method=method).dequantize(), torch.zeros(30, 20))
+
+
+@pytest.mark.parametrize("method", ["paper", "refined"])
+def test_the_same_delta_gives_the_same_bits(method):
+    delta = decaying(1200, 1100)
+    first, second = fit(delta, 20, method=method), fit(delta, 20, method=method)
+    for part in ("u", "v"):
+        assert torch.equal(getattr(first, part).codes, getattr(second, part).codes)
+        assert torch.equal(getattr(first, part).levels, getattr(second, part).levels)
+    assert torch.equal(first.s, second.s)
