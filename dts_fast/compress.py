@@ -276,13 +276,12 @@ def _choose_ranks(
     uniform = ranks_by_uniform_budget(plan.matrices, budget, size_of)
     if config.method == "paper":
         return uniform
-    spectra, weights = {}, {}
+    spectra = {}
     for parameter, shape in plan.matrices.items():
         # Few matrices deserve several times the rank that an even share would give them.
         count = min(*shape, _SPECTRUM_FACTOR * uniform[parameter] + _SPECTRUM_EXTRA)
         spectra[parameter] = singular_values(checked(delta_of(parameter), parameter).reshape(shape), count).cpu()
-        weights[parameter] = min(shape) / max(shape) if is_embedding(parameter, plan.shapes[parameter]) else 1.0
-    return ranks_by_spectral_budget(plan.matrices, spectra, weights, budget, size_of)
+    return ranks_by_spectral_budget(plan.matrices, spectra, budget, size_of)
 
 
 # How many singular values the ranking of a budget looks at: this many times the rank of an even share, and some more.

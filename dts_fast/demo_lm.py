@@ -62,10 +62,10 @@ SHAPE = {
     "initializer_range": 0.06,
 }
 BASE_STEPS, BASE_BATCH, BASE_RATE = 1800, 4, 3e-3
-FINE_TUNE_STEPS, FINE_TUNE_BATCH, FINE_TUNE_RATE = 60, 16, 2e-4
+FINE_TUNE_STEPS, FINE_TUNE_BATCH, FINE_TUNE_RATE = 60, 16, 3e-4
 
 _HELD_OUT_SHARE = 0.1
-_KIND_STRIDE = 24
+_KIND_STRIDE = 24  # the base sees every 24th document of each kind
 _SHORTEST, _LONGEST = 400, 24_000  # characters of one document
 
 

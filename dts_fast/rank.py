@@ -58,7 +58,6 @@ def ranks_by_uniform_budget(shapes: Shapes, budget: int, size_of: Callable[[Rank
 def ranks_by_spectral_budget(
     shapes: Shapes,
     spectra: Mapping[str, Tensor],
-    weights: Mapping[str, float],
     budget: int,
     size_of: Callable[[Ranks], int],
 ) -> Ranks:
@@ -67,7 +66,6 @@ def ranks_by_spectral_budget(
 
     Args:
         spectra: singular values ``[q]`` of each delta, descending.
-        weights: what a matrix's energy counts, 1 for an ordinary linear layer.
         budget, size_of: see `ranks_by_uniform_budget`.
 
     Raises:
@@ -78,7 +76,7 @@ def ranks_by_spectral_budget(
     for name, spectrum in spectra.items():
         n, k = shapes[name]
         cost = packed_size(n) + packed_size(k) + 4
-        gains = spectrum.double().square() * (weights[name] / cost)
+        gains = spectrum.double().square() / cost
         offers += [(-gain, name) for gain in gains.tolist() if gain > 0]
     names = [name for _, name in sorted(offers)]  # ties fall the same way on every run
 

@@ -42,13 +42,12 @@ def test_the_largest_density_that_fits(budget):
 @pytest.mark.parametrize("budget", [100, 300, 700, 1500])
 def test_components_go_where_they_buy_most_per_byte(budget):
     spectra = {name: torch.sort(torch.rand(min(shape)), descending=True).values for name, shape in SHAPES.items()}
-    weights = {"square": 1.0, "wide": 4.0, "tall": 1.0}
-    ranks = ranks_by_spectral_budget(SHAPES, spectra, weights, budget, size_of)
+    ranks = ranks_by_spectral_budget(SHAPES, spectra, budget, size_of)
     assert size_of(ranks) <= budget
 
     def value(name: str, component: int) -> float:
         n, k = SHAPES[name]
-        return weights[name] * float(spectra[name][component]) ** 2 / (-(-n // 4) - (-k // 4) + 4)
+        return float(spectra[name][component]) ** 2 / (-(-n // 4) - (-k // 4) + 4)
 
     taken = [value(name, j) for name, r in ranks.items() for j in range(r)]
     left = {name: value(name, r) for name, r in ranks.items() if r < len(spectra[name])}
@@ -60,14 +59,14 @@ def test_components_go_where_they_buy_most_per_byte(budget):
 def test_components_without_energy_are_never_bought():
     spectra = {name: torch.zeros(min(shape)) for name, shape in SHAPES.items()}
     spectra["square"][:3] = 1.0
-    ranks = ranks_by_spectral_budget(SHAPES, spectra, dict.fromkeys(SHAPES, 1.0), 10**6, size_of)
+    ranks = ranks_by_spectral_budget(SHAPES, spectra, 10**6, size_of)
     assert ranks == {"square": 3, "wide": 0, "tall": 0}
 
 
 def test_a_budget_below_the_rest_is_an_error():
     for run in (
         lambda: ranks_by_uniform_budget(SHAPES, 99, size_of),
-        lambda: ranks_by_spectral_budget(SHAPES, {}, {}, 99, size_of),
+        lambda: ranks_by_spectral_budget(SHAPES, {}, 99, size_of),
     ):
         with pytest.raises(DTSError, match=r"99 bytes, but what is not a matrix .* takes 100"):
             run()
