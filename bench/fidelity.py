@@ -29,7 +29,7 @@ from dts_fast.codes import CodedVector, matrix_shape
 from dts_fast.hardware import header
 
 ROOT = Path(__file__).resolve().parent.parent
-DENSITIES = (0.006, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.5)
+DENSITIES = (0.006, 0.02, 0.04, 0.08, 0.16, 0.5)
 
 
 @dataclass
