@@ -23,7 +23,7 @@ from torch import Tensor
 from .atomic import staged_directory
 from .checkpoint import fetch_from_hub
 from .codes import CodedMatrix, CodedVector, LowRankDelta, matrix_shape, packed_size
-from .errors import AdapterFormatError
+from .errors import AdapterFormatError, DTSError
 
 FORMAT_VERSION = 1
 PEFT_TYPE = "DTS"
@@ -92,6 +92,8 @@ def save_adapter(path: str | Path, adapter: Adapter, card: str, *, overwrite: bo
     """
     tensors = {}
     for name, parameter in adapter.parameters.items():
+        if isinstance(parameter, Tensor) and name.rpartition(".")[2] in {*_MATRIX_PARTS, *_VECTOR_PARTS} - {"s"}:
+            raise DTSError(f"{name!r} cannot be stored whole: the format reserves names that end so for codes.")
         tensors.update(tensors_of(name, parameter))
     weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=_METADATA)
     config = finish_config(adapter, hashlib.sha256(weights).hexdigest())
@@ -159,9 +161,7 @@ def load_adapter(path: str | Path, *, verify_checksum: bool = True) -> Adapter:
         AdapterFormatError: anything missing, damaged, inconsistent or of an unknown version.
         CheckpointError: a hub id that the hub does not give.
     """
-    folder = Path(path)
-    if not folder.exists() and len(Path(path).parts) == 2:
-        folder = fetch_from_hub(str(path))
+    folder = locate_adapter(path)
     config = read_config(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
@@ -186,6 +186,21 @@ def load_adapter(path: str | Path, *, verify_checksum: bool = True) -> Adapter:
         )
     _check_values(weights, parameters)
     return Adapter(config, parameters)
+
+
+def locate_adapter(path: str | Path) -> Path:
+    """The directory of an adapter: the path itself, or where the hub's copy of it lies.
+
+    Raises:
+        AdapterFormatError: no such directory, and not a hub id.
+        CheckpointError: a hub id that the hub does not give.
+    """
+    folder = Path(path)
+    if folder.exists():
+        return folder
+    if folder.is_absolute() or len(folder.parts) != 2 or str(path).startswith("."):
+        raise AdapterFormatError(f"{path}: no such directory; expected an adapter directory or a hub id.")
+    return fetch_from_hub(str(path))
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -218,10 +233,13 @@ def read_config(folder: Path) -> dict[str, object]:
         "base_nbytes": int,
         "model_config": dict,
         "tied": dict,
+        "compression": dict,
     }
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise AdapterFormatError(f"{file}: expected {key!r} of type {kind.__name__}, got {config.get(key)!r}.")
+    if config["base_nbytes"] <= 0 or not all(isinstance(error, (int, float)) for error in config["errors"]):
+        raise AdapterFormatError(f"{file}: expected 'base_nbytes' above 0 and 'errors' a list of numbers.")
     return config
 
 
@@ -254,7 +272,7 @@ def _check_headers(
             u, v = take(name, "u_codes", "U8", 2), take(name, "v_codes", "U8", 2)
             s = take(name, "s", "F32", 1)
             levels = take(name, "u_levels", "F32", 1), take(name, "v_levels", "F32", 1)
-            shape = _declared_shape(file, name, shapes) or (4 * u[1], 4 * v[1])
+            shape = _declared_shape(file, name, shapes, (4 * u[1], 4 * v[1]))
             n, k = matrix_shape(shape) or (0, 0)
             if not (
                 u[0] == v[0] == s[0] and levels == ((4,), (4,)) and (packed_size(n), packed_size(k)) == (u[1], v[1])
@@ -267,7 +285,7 @@ def _check_headers(
             layout[name] = ("matrix", shape)
         elif part == "codes" and f"{name}.levels" in headers:
             codes, levels = take(name, "codes", "U8", 1), take(name, "levels", "F32", 1)
-            shape = _declared_shape(file, name, shapes) or (4 * codes[0],)
+            shape = _declared_shape(file, name, shapes, (4 * codes[0],))
             if levels != (4,) or packed_size(math.prod(shape)) != codes[0]:
                 raise AdapterFormatError(
                     f"{file}: parameter {name!r} of shape {list(shape)} has inconsistent parts: codes {list(codes)}, "
@@ -287,10 +305,10 @@ def _check_headers(
     return layout
 
 
-def _declared_shape(file: Path, name: str, shapes: Mapping[str, object]) -> tuple[int, ...] | None:
-    shape = shapes.get(name)
-    if shape is None:
-        return None
+def _declared_shape(file: Path, name: str, shapes: Mapping[str, object], default: tuple[int, ...]) -> tuple[int, ...]:
+    if name not in shapes:
+        return default
+    shape = shapes[name]
     if not isinstance(shape, list) or not all(type(d) is int and 0 < d < 2**40 for d in shape):
         raise AdapterFormatError(f"{file}: shape of {name!r}: expected a list of positive integers, got {shape!r}.")
     return tuple(shape)
@@ -326,7 +344,7 @@ def _check_values(file: Path, parameters: Mapping[str, Parameter]) -> None:
     """Scales and levels must be finite; every code is valid by construction."""
     for name, parameter in parameters.items():
         for part, tensor in tensors_of(name, parameter).items():
-            if tensor.dtype == torch.float32 and not bool(torch.isfinite(tensor).all()):
+            if tensor.dtype != torch.uint8 and not bool(torch.isfinite(tensor.float()).all()):
                 raise AdapterFormatError(f"{file}: {part!r} holds NaN or Inf; expected finite values.")
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import DTSError
 
 
@@ -26,18 +28,19 @@ def check_target(target: Path, *, overwrite: bool, marker: str) -> None:
             raise DTSError(f"{target} exists already; nothing was changed. Choose another path, or pass --overwrite.")
         if not (target / marker).is_file():
             raise DTSError(f"{target} exists and holds no {marker}, so it is something else; it is not overwritten.")
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     except OSError as error:
-        raise DTSError(f"{target.parent} is not writable ({error}). Choose another --out-path.") from error
+        raise DTSError(f"{parent} is not writable ({error}). Choose another --out-path.") from error
 
 
 @contextmanager
 def staged_directory(target: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     """A hidden directory beside ``target`` to write files in; on leaving it is synced and renamed to ``target``.
 
-    A process that is killed on the way leaves no directory of the target's name.
+    A process that is killed on the way leaves no half-written directory of the target's name. (An overwritten one is
+    kept aside, hidden, while the new one takes its place.)
 
     Raises:
         DTSError: see `check_target`; or the disk is full or not writable, in which case nothing is left behind.
@@ -45,6 +48,7 @@ def staged_directory(target: Path, *, overwrite: bool, marker: str) -> Iterator[
     check_target(target, overwrite=overwrite, marker=marker)
     staging = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         yield staging
         staging.chmod(0o755)  # mkdtemp's private mode is for temporary files
@@ -55,7 +59,7 @@ def staged_directory(target: Path, *, overwrite: bool, marker: str) -> Iterator[
     except BaseException as error:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, SafetensorError)):
             raise DTSError(
                 f"{target} cannot be written ({error}). Nothing was left there; free space or choose another "
                 "--out-path."

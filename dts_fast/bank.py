@@ -56,10 +56,10 @@ class SlotTable:
             DTSError: the name is taken or reserved.
             CapacityError: all slots are occupied.
         """
-        if name == BASE or name in self._slots:
-            raise DTSError(f"adapter name {name!r} is {'reserved' if name == BASE else 'loaded already'}.")
         if not isinstance(name, str) or not name:
             raise DTSError(f"an adapter's name must be a non-empty string, got {name!r}.")
+        if name == BASE or name in self._slots:
+            raise DTSError(f"adapter name {name!r} is {'reserved' if name == BASE else 'loaded already'}.")
         free = set(range(self.capacity)) - set(self._slots.values())
         if not free:
             raise CapacityError(
@@ -72,7 +72,14 @@ class SlotTable:
         self._slots[name] = slot
 
     def release(self, name: str) -> int:
-        """Forget a name; returns the slot it had."""
+        """Forget a name; returns the slot it had.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+            DTSError: the name of the base.
+        """
+        if name == BASE:
+            raise DTSError(f"{BASE!r} is the base itself and cannot be deleted.")
         slot = self.slot(name)
         del self._slots[name]
         if self.active == name:
@@ -129,6 +136,9 @@ class Bank(nn.Module):
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
 
+    # Outside inference mode, whatever the caller is in: tensors born in it could be neither changed nor saved for
+    # backward later.
+    @torch.inference_mode(False)
     def load(self, slot: int, pages: Tensor, weight: float = 1.0) -> None:
         """Write the pages of an adapter and let a slot list them.
 
@@ -145,6 +155,7 @@ class Bank(nn.Module):
             # The list last: until it stands, the slot is empty for whoever reads it.
             self.slot_pages[slot, :count] = torch.tensor(taken, dtype=torch.int32)
 
+    @torch.inference_mode(False)
     def evict(self, slot: int) -> None:
         """Empty a slot and free its pages."""
         listed = self.slot_pages[slot].tolist()

@@ -88,6 +88,8 @@ class Checkpoint:
                 config = json.loads(config_file.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise CheckpointError(f"{config_file}: not valid JSON ({error}).") from error
+            if not isinstance(config, dict):
+                raise CheckpointError(f"{config_file}: expected a JSON object, got a {type(config).__name__}.")
         size = sum(file.stat().st_size for file in files)
         return cls(source=str(source), tensors=tensors, nbytes=size, config=config)
 
@@ -146,6 +148,8 @@ def _shards(index: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("shard names must be strings")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a safetensors index with a 'weight_map' ({error!r}).") from error
     missing = [name for name in names if not (index.parent / name).is_file()]

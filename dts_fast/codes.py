@@ -200,7 +200,7 @@ class PageLayout:
               u_codes   uint8   [16, u_stride]
 
     Rows start at multiples of 16 bytes and pages at multiples of 128, so that a kernel may use its widest
-    aligned loads on any shape. `csrc/layout.h` states the same offsets for native kernels.
+    aligned loads on any shape.
     """
 
     n: int

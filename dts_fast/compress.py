@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from .checkpoint import Checkpoint, Pairing, is_embedding, pair_tensors
 from .codes import CodedMatrix, CodedVector, LowRankDelta, matrix_shape, packed_size
 from .decompose import singular_values
 from .errors import DTSError
-from .fingerprint import take_fingerprint
+from .fingerprint import largest_fingerprint, take_fingerprint
 from .fit import METHODS, checked, fit, fit_vector, relative_error
 from .rank import (
     Ranks,
@@ -83,6 +84,15 @@ class DTSConfig:
             raise DTSError(f"rank must not be negative, got {self.rank}.")
         if self.method not in METHODS:
             raise DTSError(f"unknown method {self.method!r}; known: {', '.join(sorted(METHODS))}.")
+        for name in ("include", "exclude", "whole"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                raise DTSError(f"{name} is not a regular expression ({error}): {getattr(self, name)!r}.") from error
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise DTSError(f"device {self.device!r} cannot be used here ({error}).") from error
         if self.embeddings not in EMBEDDING_CHOICES:
             raise DTSError(f"embeddings must be one of {', '.join(EMBEDDING_CHOICES)}, got {self.embeddings!r}.")
 
@@ -146,7 +156,8 @@ def compress(
         if progress is not None:
             progress(name, done, len(names))
         if name in plan.whole:
-            parameters[name] = fine_tune.get(plan.whole[name])
+            checked(whole := fine_tune.get(plan.whole[name]), name)
+            parameters[name] = whole
             errors[name] = 0.0
             continue
         before, after = base.get(name), fine_tune.get(plan.pairs[name])
@@ -268,9 +279,9 @@ def _choose_ranks(
     def size_of(ranks: Ranks) -> int:
         # Never too small: every error has all its digits, and tensors that turn out unchanged are counted.
         sketch = _sketch(plan, ranks)
-        names = [n for n, p in sketch.items() if not isinstance(p, Tensor)]
-        fingerprint = take_fingerprint(lambda _: torch.zeros(1), names)
-        return adapter_file.total_size(*_assemble(name, described, sketch, dict.fromkeys(sketch, 8.8888), fingerprint))
+        fingerprint = "A" * largest_fingerprint(sum(not isinstance(p, Tensor) for p in sketch.values()))
+        errors = dict.fromkeys(sketch, 888.8888)
+        return adapter_file.total_size(*_assemble(name, described, sketch, errors, fingerprint))
 
     budget = int(config.budget * described["base_nbytes"])
     uniform = ranks_by_uniform_budget(plan.matrices, budget, size_of)

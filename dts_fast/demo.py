@@ -108,7 +108,7 @@ def render_table(variants: list[Variant]) -> str:
 
 def _prepare(out: Path) -> None:
     if out.exists():
-        if any(out.iterdir()) and not (out / _MARKER).is_file():
+        if not out.is_dir() or (any(out.iterdir()) and not (out / _MARKER).is_file()):
             raise DTSError(f"{out} exists and was not written by the demo; nothing was changed. Choose another --out.")
         shutil.rmtree(out)
     try:

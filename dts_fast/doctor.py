@@ -13,7 +13,7 @@ import torch
 from . import native, ops  # noqa: F401  (ops registers what is reported on)
 from .version import __version__
 
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps dts_fast"
+_REBUILD = "in a clone of the project: pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def diagnose() -> dict[str, object]:

@@ -94,8 +94,10 @@ def _personalised(adapter: Adapter, base: Checkpoint, name: str) -> Tensor | Non
     parameter = adapter.parameters.get(name)
     if parameter is None:
         parameter = adapter.parameters.get(adapter.config["tied"].get(name, ""))
-    if parameter is None or isinstance(parameter, Tensor):
-        return parameter
+    if parameter is None:
+        return None
+    if isinstance(parameter, Tensor):
+        return parameter.clone()  # a tied tensor is written under two names, which must not share memory
     before = base.get(name)
     wide = torch.float64 if before.dtype == torch.float64 else torch.float32
     return (before.to(wide) + parameter.dequantize(wide)).to(before.dtype)

@@ -38,6 +38,12 @@ def take_fingerprint(get: Callable[[str], Tensor], names: Sequence[str]) -> str:
     return base64.b64encode(bits.numpy().astype("<i2").tobytes()).decode("ascii")
 
 
+def largest_fingerprint(parameters: int) -> int:
+    """Characters of the longest fingerprint of up to so many parameters: fewer may have more samples altogether."""
+    samples = max((n * _samples_per_tensor(n) for n in range(1, parameters + 1)), default=0)
+    return -(-2 * samples // 3) * 4
+
+
 def check_fingerprint(fingerprint: str, parameters: Mapping[str, Tensor], base: str) -> None:
     """Refuse a base model whose weights are not those the adapter was made for.
 

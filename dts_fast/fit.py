@@ -171,7 +171,7 @@ class _Side:
         wanted = left @ target.flatten().double()
         system.diagonal().add_(1e-9 * system.diagonal().mean() + torch.finfo(torch.float64).tiny)
         levels = torch.linalg.solve(system, wanted).to(self.levels)
-        if bool(torch.isfinite(levels).all()) and bool((levels[:-1] > levels[1:]).all()):
+        if bool(torch.isfinite(levels).all()) and bool((levels[:-1] >= levels[1:]).all()):
             self.levels = levels
 
 
@@ -192,6 +192,7 @@ def paper_rank(shape: tuple[int, int], density: float) -> int:
     return int(density * min(shape))
 
 
+@torch.no_grad()
 def fit(
     delta: Tensor,
     rank: int | None = None,
@@ -239,6 +240,7 @@ def fit(
     return LowRankDelta(low_rank.u, low_rank.s * unit, low_rank.v, tuple(delta.shape))
 
 
+@torch.no_grad()
 def fit_vector(delta: Tensor, *, name: str = "delta") -> CodedVector:
     """Threshold a bias, a norm weight or any parameter without matrix structure into four levels.
 

@@ -69,7 +69,11 @@ class DTSModule(nn.Module):
             parameters["weight"] = delta
         slot = self.slots.free_slot(name)
         self.check_parameters(parameters)
-        self.load_slot(slot, parameters)
+        try:
+            self.load_slot(slot, parameters)
+        except BaseException:
+            self.clear_slot(slot)
+            raise
         self.slots.occupy(name, slot)
 
     def check_parameters(self, parameters: Mapping[str, Parameter]) -> None:
@@ -106,7 +110,8 @@ class DTSModule(nn.Module):
             if isinstance(parameter, Tensor):
                 dense[name] = parameter.to(base.device, base.dtype)
             else:
-                dense[name] = (base.float() + parameter.dequantize().to(base.device)).to(base.dtype)
+                wide = torch.promote_types(base.dtype, torch.float32)
+                dense[name] = (base.to(wide) + parameter.dequantize(wide).to(base.device)).to(base.dtype)
         return dense
 
     # A subclass may hold a slot in its own way; these four belong together.
@@ -198,10 +203,11 @@ class _BankedModule(DTSModule):
 
     def clear_slot(self, slot: int) -> None:
         super().clear_slot(slot)
-        if self.loaded.pop(slot, None):
-            self.bank.evict(slot)
-            if self.bias_bank is not None:
-                self.bias_bank.evict(slot)
+        self.loaded.pop(slot, None)
+        # Whatever `loaded` says: a load that failed half way has written one bank and not the other.
+        self.bank.evict(slot)
+        if self.bias_bank is not None:
+            self.bias_bank.evict(slot)
 
     def dense_parameters(self, slot: int) -> dict[str, Tensor]:
         if slot not in self.loaded:
@@ -215,7 +221,7 @@ class _BankedModule(DTSModule):
             else:
                 ids = slot_ids(slot, 1, base.device)
                 delta = reference.vector_delta(base.numel(), *self.bias_bank.tensors, ids)[0]
-            dense[name] = (base.float() + delta).to(base.dtype)
+            dense[name] = (base.to(torch.promote_types(base.dtype, torch.float32)) + delta).to(base.dtype)
         return dense
 
     def _oriented(self, matrix):
@@ -268,16 +274,22 @@ class DTSLinear(_BankedModule):
             return matrix
         return matrix.transpose() if isinstance(matrix, LowRankDelta) else matrix.t()
 
-    def forward_fast(self, slots: Slots, x: Tensor) -> Tensor:
+    def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
         if not self._touched(slots):
-            return self.base_layer(x)
+            return self.base_layer(input)
+        layer, x = self.base_layer, input
         rows = x.reshape(-1, self.in_features)
         ids = slot_ids(slots, rows.shape[0], x.device)
-        if type(self.base_layer) is nn.Linear:
-            y = ops.linear(rows, self.base_layer.weight, self.base_layer.bias, *self.bank.tensors, ids)
+        # A layer that accelerate moves or offloads must run itself, or its hooks do not.
+        if type(layer) is nn.Linear and not hasattr(layer, "_hf_hook"):
+            weight, bias = layer.weight, layer.bias
+            if torch.is_autocast_enabled(x.device.type):
+                dtype = torch.get_autocast_dtype(x.device.type)
+                rows, weight, bias = (t if t is None else t.to(dtype) for t in (rows, weight, bias))
+            y = ops.linear(rows, weight, bias, *self.bank.tensors, ids)
         else:
-            y = self.base_layer(x).reshape(-1, self.out_features)
-            ops.add_delta_(y, rows, *self.bank.tensors, ids)
+            y = layer(x).reshape(-1, self.out_features)
+            ops.add_delta_(y, rows.to(y.dtype), *self.bank.tensors, ids)
         if self._touches_bias(slots):
             delta = reference.vector_delta(self.out_features, *self.bias_bank.tensors, ids)
             y = (y + delta).to(y.dtype)
@@ -304,12 +316,12 @@ class DTSEmbedding(_BankedModule):
     ) -> None:
         super().__init__(base_layer, tuple(base_layer.weight.shape), max_adapters, slots, max_rank)
 
-    def forward_fast(self, slots: Slots, ids: Tensor) -> Tensor:
-        y = self.base_layer(ids)
+    def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
+        y = self.base_layer(input)
         if not self._touched(slots):
             return y
-        flat = ids.reshape(-1)
-        routed = slot_ids(slots, flat.shape[0], ids.device)
+        flat = input.reshape(-1)
+        routed = slot_ids(slots, flat.shape[0], input.device)
         delta = reference.embedding_delta(flat, self.layout, *self.bank.tensors, routed)
         return (y + delta.reshape(y.shape)).to(y.dtype)
 

@@ -39,6 +39,20 @@ def add_delta_(
 ) -> None:
     """``y += ((x V) * s) U^T`` for the rows that have a slot, see `ops.add_delta_`."""
     layout = PageLayout(x.shape[1], y.shape[1]) if transpose else PageLayout(y.shape[1], x.shape[1])
+    with torch.autocast(x.device.type, enabled=False):  # the sums stay in float32
+        _add_delta(y, x, layout, pages, slot_pages, slot_weights, slot_ids, transpose)
+
+
+def _add_delta(
+    y: Tensor,
+    x: Tensor,
+    layout: PageLayout,
+    pages: Tensor,
+    slot_pages: Tensor,
+    slot_weights: Tensor,
+    slot_ids: Tensor,
+    transpose: bool,
+) -> None:
     wide = x.to(_accumulator(x))
     for slot in _distinct(slot_ids):
         u, s, v = _slot_factors(layout, pages, slot_pages[slot], slot_weights[slot], wide.dtype)
@@ -72,7 +86,8 @@ def embedding_delta(
     for slot in _distinct(slot_ids):
         rows = (slot_ids == slot).nonzero().squeeze(1)
         u, s, v = _slot_factors(layout, pages, slot_pages[slot], slot_weights[slot], dtype)
-        out[rows] = (u[:, ids[rows]].t() * s) @ v
+        with torch.autocast(ids.device.type, enabled=False):
+            out[rows] = (u[:, ids[rows]].t() * s) @ v
     return out
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapter_file import Parameter, directory_size, load_adapter
+from .adapter_file import Parameter, directory_size, load_adapter, locate_adapter
 from .checkpoint import Checkpoint, common_prefix
 from .codes import CodedVector, LowRankDelta
 from .errors import CheckpointError
@@ -102,7 +102,7 @@ def inspect_adapter(path: str | Path) -> AdapterReport:
     return AdapterReport(
         config=dict(adapter.config),
         parameters=reports,
-        nbytes=directory_size(path),
+        nbytes=directory_size(locate_adapter(path)),
         payload_nbytes=adapter.nbytes,
         covered_nbytes=covered,
         base_nbytes=adapter.config["base_nbytes"],
