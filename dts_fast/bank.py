@@ -29,6 +29,7 @@ class SlotTable:
             raise DTSError(f"max_adapters must be at least 1, got {capacity}.")
         self.capacity = capacity
         self.active = BASE
+        self.routed_with_grad = False  # whether a route was last used where gradients are recorded
         self._slots: dict[str, int] = {}
 
     @property

@@ -90,9 +90,8 @@ def inspect(adapter, as_json) -> None:
         click.echo(json.dumps(dataclasses.asdict(report) | extra, indent=2))
         return
     _print_parameters(report.parameters)
-    click.echo(
-        f"base: {report.config['base_model_name_or_path']}, method {report.config['compression'].get('method', 'unknown')}"
-    )
+    method = report.config["compression"].get("method", "unknown")
+    click.echo(f"base: {report.config['base_model_name_or_path']}, method {method}")
     click.echo(
         f"files: {report.nbytes:,} bytes, {report.share_of_base:.3%} of the base's {report.base_nbytes:,} as stored"
     )

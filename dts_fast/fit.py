@@ -27,8 +27,9 @@ def threshold(values: Tensor) -> tuple[Tensor, Tensor]:
 
     Positive and negative elements are split separately: the ``count // 2`` largest magnitudes of a sign form
     its large group, the rest its small group. A group's level is its root mean square with the sign of the
-    group, and 0 where the group is empty. An element that is exactly 0 belongs to no group in the paper; two
-    bits leave no fifth value, so it takes the level nearest to 0.
+    group, and 0 where the group is empty. An element that is exactly 0 belongs to no group in the paper and stays 0;
+    two bits leave no fifth value. Where zeros outnumber the smallest group, the sign with fewer elements makes do with
+    one level and 0 gets the other; else a zero takes the level nearest to it.
 
     Args:
         values: floating point, any shape.
@@ -40,11 +41,14 @@ def threshold(values: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     levels = torch.zeros(4, dtype=torch.float64, device=flat.device)
     groups = ((1.0, LARGE_POSITIVE, SMALL_POSITIVE), (-1.0, LARGE_NEGATIVE, SMALL_NEGATIVE))
+    counts = {sign: int((flat * sign > 0).sum()) for sign, _, _ in groups}
+    fewer = min(counts, key=counts.get)
+    zero_needs_a_level = flat.numel() - sum(counts.values()) > counts[fewer] // 2
     for sign, large, small in groups:
         index = (flat * sign > 0).nonzero().squeeze(1)
         # Stable, so that equal magnitudes fall the same way on every run.
         order = torch.argsort(flat[index].abs(), descending=True, stable=True)
-        half = index.numel() // 2
+        half = index.numel() if zero_needs_a_level and sign == fewer else index.numel() // 2
         for code, members in ((large, index[order[:half]]), (small, index[order[half:]])):
             codes[members] = code
             if members.numel():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,7 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adapter_file import Adapter, Parameter, load_adapter
+from .adapter_file import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    Parameter,
+    load_adapter,
+    locate_adapter,
+)
+from .atomic import staged_directory
 from .bank import BASE, SlotTable
 from .checkpoint import Checkpoint, common_prefix
 from .errors import BaseMismatchError, CheckpointError, DTSError
@@ -36,16 +46,19 @@ class DTSModel(nn.Module):
         self.model = model
         self.slots = SlotTable(max_adapters)
         self.adapter_configs: dict[str, Mapping[str, object]] = {}
+        self._sources: dict[str, Path] = {}
         # Before anything is wrapped: the checkpoint's names are those of the bare model. Tied parameters have
         # several names.
-        self._modules_by_path = dict(model.named_modules())
+        self._modules_by_path = dict(model.named_modules(remove_duplicate=False))
         self._parameters_by_name = dict(model.named_parameters(remove_duplicate=False))
         self._names_in_checkpoint = _names_in_checkpoint(model)
         self._wrappers: dict[str, DTSModule] = {}
-        self._hooks = [
-            model.register_forward_pre_hook(_expand_route, with_kwargs=True),
-            model.register_forward_hook(_restore_route, always_call=True),
-        ]
+        # generate() calls an encoder by itself.
+        encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+        self._hooks = []
+        for module in {id(m): m for m in (model, encoder) if isinstance(m, nn.Module)}.values():
+            self._hooks.append(module.register_forward_pre_hook(_enter_batch, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(_leave_batch, always_call=True))
 
     def __getattr__(self, name: str):
         # What is not an adapter's business (config, device, ...) is the model's.
@@ -83,7 +96,12 @@ class DTSModel(nn.Module):
         if not isinstance(base_model, nn.Module):
             base_model = _load_base(base_model, loaded.config["model_config"], model_kwargs)
         model = cls(base_model, max_adapters)
-        model._attach(loaded, adapter_name, verify_base)
+        try:
+            model._attach(loaded, adapter_name, verify_base)
+        except BaseException:
+            model._remove_hooks()
+            raise
+        model._sources[adapter_name] = locate_adapter(adapter)
         model.set_adapter(adapter_name)
         return model
 
@@ -93,7 +111,8 @@ class DTSModel(nn.Module):
         Args:
             adapter: adapter directory or hub id.
             adapter_name: what `set_adapter` and ``adapter_names`` will call it.
-            verify_base: compare the base's weights with the adapter's fingerprint; turn it off for a quantised base.
+            verify_base: compare the base's weights with the adapter's fingerprint; turn it off for a base whose
+                weights are not in memory.
 
         Raises:
             AdapterFormatError: the adapter is damaged or of an unknown version.
@@ -102,6 +121,7 @@ class DTSModel(nn.Module):
             DTSError: the name is taken.
         """
         self._attach(load_adapter(adapter), adapter_name, verify_base)
+        self._sources[adapter_name] = locate_adapter(adapter)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -128,7 +148,7 @@ class DTSModel(nn.Module):
             UnknownAdapterError: no such adapter.
         """
         slot = self.slots.release(adapter_name)
-        del self.adapter_configs[adapter_name]
+        del self.adapter_configs[adapter_name], self._sources[adapter_name]
         for wrapper in self._wrappers.values():
             wrapper.clear_slot(slot)
 
@@ -170,9 +190,29 @@ class DTSModel(nn.Module):
         for name in self.slots.names:
             self.slots.release(name)
         self.adapter_configs.clear()
+        self._sources.clear()
+        self._remove_hooks()
+        return self.model
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Copy the loaded adapters to ``path/<adapter name>``; the base is not written.
+
+        Raises:
+            DTSError: an adapter's files are gone from where they were loaded, or a target cannot be written.
+        """
+        for name, source in self._sources.items():
+            with staged_directory(Path(path) / name, overwrite=True, marker=CONFIG_NAME) as staging:
+                for file in source.iterdir():
+                    if file.name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
+                        shutil.copyfile(file, staging / file.name)
+
+    def push_to_hub(self, *args: object, **kwargs: object) -> None:
+        """Refused: what is worth sharing are the adapters, see `save_pretrained`."""
+        raise DTSError("a DTSModel is not pushed as a whole; push the adapter directories that save_pretrained writes.")
+
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        return self.model
 
     def _routed(self, adapter_names, expandable: bool = False):
         if adapter_names is None:
@@ -186,6 +226,7 @@ class DTSModel(nn.Module):
         slot = self.slots.free_slot(adapter_name)
         strip, add = common_prefix(self._names_in_checkpoint, adapter.parameters)
         live = {add + name.removeprefix(strip): own for name, own in self._names_in_checkpoint.items()}
+        of_live = {own: name for name, own in live.items()}
         missing = [name for name in adapter.deltas if name not in live]
         if missing:
             raise BaseMismatchError(
@@ -203,7 +244,10 @@ class DTSModel(nn.Module):
                 )
                 continue
             for path, leaf in self._owners(live[name]):
-                owners.setdefault(path, {})[leaf] = parameter
+                # Where the fine-tune has untied what the base ties, each alias has an entry of its own.
+                alias = of_live.get(f"{path}.{leaf}", name)
+                if alias == name or alias not in adapter.parameters:
+                    owners.setdefault(path, {})[leaf] = parameter
         for path, parameters in owners.items():
             (self._wrappers.get(path) or DTSModule(self._modules_by_path[path], slots=self.slots)).check_parameters(
                 parameters
@@ -217,12 +261,12 @@ class DTSModel(nn.Module):
         try:
             for path, parameters in owners.items():
                 if path not in self._wrappers:
-                    wrapper = wrap(self._modules_by_path[path], self.slots)
+                    wrapper = wrap(self._modules_by_path[path], self.slots, path)
                     self._wrappers[path] = wrapper
                     self._put(path, wrapper)
                 loaded.append(self._wrappers[path])
                 self._wrappers[path].load_slot(slot, parameters)
-        except DTSError:
+        except BaseException:  # whatever stopped it, the slot must not keep a part of the adapter
             for wrapper in loaded:
                 wrapper.clear_slot(slot)
             raise
@@ -240,43 +284,59 @@ class DTSModel(nn.Module):
                 # MultiheadAttention reads its projection's weight without calling it: a wrapper there is never asked.
                 if isinstance(self._modules_by_path.get(parent), nn.MultiheadAttention):
                     path, leaf = parent, f"{child}.{leaf}"
-                owners.append((path, leaf))
+                # A module that stands at several paths is wrapped once, under the first.
+                module = self._modules_by_path[path]
+                first = next(p for p, m in self._modules_by_path.items() if m is module)
+                if (first, leaf) not in owners:
+                    owners.append((first, leaf))
         return owners
 
     def _put(self, path: str, module: nn.Module) -> None:
         """Put a module in the place of the one that had this path in the bare model."""
-        if not path:
-            self.model = module
-            return
-        parent, _, child = path.rpartition(".")
-        setattr(self._modules_by_path[parent], child, module)
+        original = self._modules_by_path[path]
+        for place in [p for p, m in self._modules_by_path.items() if m is original]:
+            parent, _, child = place.rpartition(".")
+            if place:
+                setattr(self._modules_by_path[parent], child, module)
+            else:
+                self.model = module
 
 
-# generate() multiplies the batch for beams and return sequences. The model's main input tells the true number of rows,
-# which inputs shared by all rows (position ids) would not.
+# What a model is called with tells the true number of rows, which its inner inputs would not: generate() multiplies the
+# batch for beams, position ids are shared by all rows, and some models flatten tokens.
 
 
-class _ExpandedRoute(route):
-    """The route of one forward pass within generate()."""
+class _BatchRoute(route):
+    """The route of one call of a model, one name for each of its rows; the route it came from lies below it."""
+
+    def __init__(self, names: Sequence[str], owner: nn.Module) -> None:
+        super().__init__(names, flattened=True)
+        self.owner = owner
 
 
-def _expand_route(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _enter_batch(module: nn.Module, args: tuple, kwargs: dict) -> None:
     current = current_route()
-    if current is not None and current.expandable:
-        rows = next((t.shape[0] for t in (*args, *_main_inputs(kwargs)) if isinstance(t, Tensor)), None)
-        if rows is not None:
-            _ExpandedRoute(current.names_for(rows)).__enter__()
+    if current is None or isinstance(current, _BatchRoute) or isinstance(current.adapter_names, str):
+        return
+    main = next((t for t in (*args, *(kwargs.get(name) for name in _MAIN_INPUTS)) if isinstance(t, Tensor)), None)
+    if main is not None:
+        _BatchRoute(current.names_for(main.shape[0]), module).__enter__()
 
 
-def _restore_route(module: nn.Module, args: tuple, output: object) -> None:
+def _leave_batch(module: nn.Module, args: tuple, output: object) -> None:
     current = current_route()
-    if isinstance(current, _ExpandedRoute):
+    if isinstance(current, _BatchRoute) and current.owner is module:
         current.__exit__()
 
 
-def _main_inputs(kwargs: Mapping[str, object]) -> list[object]:
-    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "input_values")
-    return [kwargs.get(name) for name in names]
+_MAIN_INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "decoder_input_ids",
+    "pixel_values",
+    "input_features",
+    "input_values",
+)
 
 
 def _names_in_checkpoint(model: nn.Module) -> dict[str, str]:
@@ -313,7 +373,8 @@ def _load_base(base_model: str | Path, changed: Mapping[str, object], model_kwar
             "loading a base model by its path needs transformers: pip install 'dts_fast[hf]', or pass a loaded model."
         ) from error
     checkpoint = Checkpoint.open(base_model)
-    settings = {**checkpoint.config, **changed}
+    # A base that ties its head stays tied: an untied head of the fine-tune comes whole with the adapter.
+    settings = {**checkpoint.config, **{k: v for k, v in changed.items() if k != "tie_word_embeddings"}}
     if not checkpoint.config:
         raise CheckpointError(f"{base_model}: expected a config.json beside the weights, found none.")
     architecture = (settings.get("architectures") or [None])[0]

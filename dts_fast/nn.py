@@ -16,7 +16,7 @@ from . import ops, reference
 from .bank import Bank, SlotTable
 from .codes import CodedVector, LowRankDelta, PageLayout, VectorPageLayout, to_pages, to_vector_page
 from .errors import BaseMismatchError, RoutingError
-from .routing import current_slots, narrowed, slot_ids
+from .routing import current_route, current_slots, narrowed, slot_ids
 
 Parameter = LowRankDelta | CodedVector | Tensor
 Slots = int | list[int]
@@ -40,6 +40,8 @@ class DTSModule(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.slots = slots or SlotTable(max_adapters)
+        # Whether the first dimension of the input is the batch: what tells its rows apart.
+        self.batch_first = True
         # slot -> parameter name -> delta, or the tensor that stands in the parameter's place
         self.stored: dict[int, dict[str, Parameter]] = {}
 
@@ -133,30 +135,47 @@ class DTSModule(nn.Module):
         return self.base_layer(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
-        rows = _batch_rows(args, kwargs)
-        slots = current_slots(self.slots, rows)
+        shape = _batch_shape(args, kwargs)
+        slots = current_slots(self.slots, shape)
         if isinstance(slots, int):
             return self._forward_one(slots, args, kwargs)
+        if not self.batch_first:
+            raise RoutingError(
+                f"a {type(self.base_layer).__name__} whose input has no rows for the batch (a table of relative "
+                "positions) cannot differ from row to row; run these adapters in separate batches, or compress without "
+                "it (--exclude)."
+            )
+        return self.forward_mixed(slots, shape, args, kwargs)
+
+    def forward_mixed(self, slots: list[int], shape: torch.Size, args, kwargs):
+        """Forward where rows differ; one slot for each row of the batch."""
+        rows, batch = shape[0], len(slots)
         if rows == 1:
             # An input shared by all rows (position ids, say) becomes one for each where their adapters differ.
-            args, kwargs = _map_rows(lambda t: t.expand(len(slots), *t.shape[1:]), 1, args, kwargs)
-            rows = len(slots)
+            args, kwargs = _map_rows(lambda t: t.expand(batch, *t.shape[1:]), 1, args, kwargs)
+            rows = batch
         groups: dict[object, list[int]] = {}
         for row, slot in enumerate(slots):
             groups.setdefault(slot if slot in self.stored else _FAST, []).append(row)
         if groups.keys() == {_FAST}:
             return self.forward_fast(slots, *args, **kwargs)
-        results = []
+        repeats, results, taken = rows // batch, [], []
         for members in groups.values():
-            index = torch.tensor(members)
+            taken.append([row * repeats + i for row in members for i in range(repeats)])
+            index = torch.tensor(taken[-1])
             part = _map_rows(lambda t, index=index: t[index.to(t.device)], rows, args, kwargs)
             part_slots = [slots[row] for row in members]
-            with narrowed(members, rows):
+            with narrowed(members):
                 if part_slots[0] in self.stored:
-                    results.append(self._forward_one(part_slots[0], *part))
+                    result = self._forward_one(part_slots[0], *part)
                 else:
-                    results.append(self.forward_fast(part_slots, *part[0], **part[1]))
-        return _merge_rows(results, list(groups.values()))
+                    result = self.forward_fast(part_slots, *part[0], **part[1])
+            # Learned positions of some models are looked up by length alone: [T, H] or [1, T, H] for ids [B, T].
+            if isinstance(self.base_layer, nn.Embedding):
+                result = result[None] if result.dim() == len(shape) else result
+                result = result.expand(len(taken[-1]), *result.shape[1:])
+            results.append(result)
+        return _merge_rows(results, taken)
 
     def _forward_one(self, slot: int, args, kwargs):
         if slot not in self.stored:
@@ -316,6 +335,10 @@ class DTSEmbedding(_BankedModule):
     ) -> None:
         super().__init__(base_layer, tuple(base_layer.weight.shape), max_adapters, slots, max_rank)
 
+    def forward(self, input: Tensor) -> Tensor:
+        # Ids without a batch dimension are positions, shared by all rows.
+        return super().forward(input[None] if input.dim() == 1 and current_route() is not None else input)
+
     def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
         y = self.base_layer(input)
         if not self._touched(slots):
@@ -326,19 +349,26 @@ class DTSEmbedding(_BankedModule):
         return (y + delta.reshape(y.shape)).to(y.dtype)
 
 
-def wrap(layer: nn.Module, slots: SlotTable) -> DTSModule:
-    """The wrapper that serves a layer best."""
+# Tables that are looked up with [query, key] distances: their input has no batch dimension, whatever its size.
+_RELATIVE_POSITIONS = ("relative_attention_bias", "relative_position_bias", "rel_embeddings")
+
+
+def wrap(layer: nn.Module, slots: SlotTable, path: str = "") -> DTSModule:
+    """The wrapper that serves a layer best; ``path`` is its name in the model."""
     if type(layer) is nn.Embedding:
-        return DTSEmbedding(layer, slots=slots)
-    if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
-        return DTSLinear(layer, slots=slots)
-    return DTSModule(layer, slots=slots)
+        wrapper = DTSEmbedding(layer, slots=slots)
+    elif isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
+        wrapper = DTSLinear(layer, slots=slots)
+    else:
+        wrapper = DTSModule(layer, slots=slots)
+    wrapper.batch_first = not path.endswith(_RELATIVE_POSITIONS)
+    return wrapper
 
 
-def _batch_rows(args, kwargs) -> int:
+def _batch_shape(args, kwargs) -> torch.Size:
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return leaf.shape[0]
+            return leaf.shape
     raise RoutingError("a DTS layer was called without any tensor that has a batch dimension.")
 
 

@@ -22,7 +22,8 @@ def linear(
     slot_ids: Tensor,
 ) -> Tensor:
     """``y = x W^T + bias + delta``, see `ops.linear`."""
-    y = torch.nn.functional.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):  # the result is of x's dtype
+        y = torch.nn.functional.linear(x, weight, bias)
     add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids)
     return y
 

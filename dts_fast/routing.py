@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from .errors import RoutingError
 
 class _Routes(threading.local):
     """One stack per thread, so that threads serve different batches through the same model. (A thread-local rather
-    than a context variable because torch.compile can trace the former.)"""
+    than a context variable because torch.compile can trace the former; tasks of one event loop share it, so a route
+    must not span an ``await``.)"""
 
     def __init__(self) -> None:
-        self.current: route | None = None
+        self.stack: list[route] = []
 
 
 _ROUTES = _Routes()
@@ -29,15 +30,18 @@ class route:  # noqa: N801 (used like a function)
     Args:
         adapter_names: one name for all rows, or one name for each row of the input (its first dimension);
             ``"__base__"`` is the base alone.
-        expandable: an input may have a multiple of ``len(adapter_names)`` rows, each name then stands for that many
-            neighbouring rows (what ``generate`` does to a batch for beams and several return sequences).
+        expandable: generate() may put several neighbouring rows (beams, return sequences) for each name.
+        flattened: a matrix ``[B * T, features]`` counts as B rows of T neighbouring entries each, B being the number
+            of names (some models flatten tokens before their linear layers).
 
     Raises:
         RoutingError: within, a layer's input has another number of rows.
         UnknownAdapterError: within, a layer meets a name that is not loaded.
     """
 
-    def __init__(self, adapter_names: str | Sequence[str], *, expandable: bool = False) -> None:
+    def __init__(
+        self, adapter_names: str | Sequence[str], *, expandable: bool = False, flattened: bool = False
+    ) -> None:
         if not isinstance(adapter_names, str):
             adapter_names = tuple(adapter_names)
             if not adapter_names or not all(isinstance(name, str) for name in adapter_names):
@@ -46,15 +50,14 @@ class route:  # noqa: N801 (used like a function)
                     f"{adapter_names!r}."
                 )
         self.adapter_names = adapter_names
-        self.expandable = expandable
+        self.expandable, self.flattened = expandable, flattened
 
     def __enter__(self) -> route:
-        self._outer = _ROUTES.current
-        _ROUTES.current = self
+        _ROUTES.stack.append(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _ROUTES.current = self._outer
+        _ROUTES.stack.pop()
 
     def names_for(self, rows: int) -> str | tuple[str, ...]:
         """One name for each of ``rows`` rows, or one for all.
@@ -75,27 +78,42 @@ class route:  # noqa: N801 (used like a function)
 
 def current_route() -> route | None:
     """The innermost route of this thread."""
-    return _ROUTES.current
+    return _ROUTES.stack[-1] if _ROUTES.stack else None
 
 
-def current_slots(table: SlotTable, rows: int) -> int | list[int]:
-    """The slots that the current route, or else the table's active adapter, gives to an input of ``rows`` rows.
+def current_slots(table: SlotTable, shape: Sequence[int]) -> int | list[int]:
+    """The slots that the current route, or else the table's active adapter, gives to an input of this shape.
 
-    An input of one row may be shared by all rows of the batch; then the slots are those of the batch.
+    Returns:
+        One slot for all rows, or one for each row of the *batch*. An input of one row may be shared by all rows, and a
+        flattened one has several entries for each.
+
+    Raises:
+        RoutingError: the shape does not fit the route, or a layer runs again during backward after its route has ended
+            (gradient checkpointing), where it would get another adapter than in forward.
     """
-    current = _ROUTES.current
-    names = table.active if current is None else current.adapter_names if rows == 1 else current.names_for(rows)
+    current = current_route()
+    if current is None:
+        if table.routed_with_grad and torch._C._current_graph_task_id() != -1:
+            raise RoutingError(
+                "a DTS layer runs again during backward, outside the route that its forward pass had. Turn gradient "
+                "checkpointing off, or use set_adapter() in place of a route."
+            )
+        return table.slot(table.active)
+    table.routed_with_grad = torch.is_grad_enabled()
+    names, rows = current.adapter_names, shape[0]
     if isinstance(names, str):
         return table.slot(names)
+    if rows != 1 and not (current.flattened and len(shape) == 2 and rows % len(names) == 0):
+        names = current.names_for(rows)
     slots = [table.slot(name) for name in names]
     return slots[0] if len(set(slots)) == 1 else slots
 
 
-def narrowed(rows: Iterable[int], total: int) -> route:
-    """A route for some rows of the current batch of ``total`` rows, for layers inside a part of it."""
-    names = _ROUTES.current.adapter_names
-    repeats = total // len(names)
-    return route([names[row // repeats] for row in rows])
+def narrowed(rows: Sequence[int]) -> route:
+    """A route for some rows of the current batch, for layers inside a part of it."""
+    current = current_route()
+    return route([current.adapter_names[row] for row in rows], flattened=current.flattened)
 
 
 def slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:

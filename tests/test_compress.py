@@ -236,3 +236,55 @@ def test_checkpoints_that_do_not_belong_together_write_nothing(tmp_path, checkpo
 def test_settings_out_of_range(settings, message):
     with pytest.raises(DTSError, match=message):
         DTSConfig(**settings)
+
+
+@pytest.mark.parametrize("unchanged", [0, 1, 2])
+def test_the_budget_holds_where_tensors_turn_out_unchanged(tmp_path, unchanged):
+    """256 and 257 parameters take different numbers of fingerprint samples."""
+    base = {f"v{i:03}.bias": torch.randn(40) for i in range(256)} | {"m.weight": torch.randn(300, 300)}
+    tuned = fine_tuned(base) | {f"v{i:03}.bias": base[f"v{i:03}.bias"] for i in range(unchanged)}
+    b, t = write_checkpoint(tmp_path / "b", base), write_checkpoint(tmp_path / "t", tuned)
+    for budget in (0.2, 0.21):
+        report = compress(b, t, tmp_path / f"a{budget}", DTSConfig(budget=budget))
+        assert report.nbytes <= budget * (b / "model.safetensors").stat().st_size
+
+
+def test_scalars_survive(tmp_path):
+    base = plain_tensors() | {"logit_scale": torch.tensor(2.5)}
+    b, t = write_checkpoint(tmp_path / "b", base), write_checkpoint(tmp_path / "t", fine_tuned(base))
+    compress(b, t, tmp_path / "a", DTSConfig(density=0.5))
+    assert verify(tmp_path / "a", b, t).matches
+    assert load_adapter(tmp_path / "a").parameters["logit_scale"].shape == ()
+
+
+def test_whole_tensors_must_be_finite_and_not_named_like_codes(tmp_path):
+    base = plain_tensors()
+    b = write_checkpoint(tmp_path / "b", base)
+    for name, tensor, message in (
+        ("head.weight", torch.full((2, 2), float("inf")), "NaN or Inf"),
+        ("head.levels", torch.zeros(2, 2), "reserves names"),
+    ):
+        t = write_checkpoint(tmp_path / name, fine_tuned(base) | {name: tensor})
+        with pytest.raises(DTSError, match=message):
+            compress(b, t, tmp_path / "a", DTSConfig(density=0.5))
+        assert not (tmp_path / "a").exists()
+
+
+def test_export_of_tied_weights_written_twice(tmp_path):
+    base, tuned = plain_tensors(), fine_tuned(plain_tensors())
+    for tensors in (base, tuned):
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"].clone()
+    b, t = write_checkpoint(tmp_path / "b", base), write_checkpoint(tmp_path / "t", tuned)
+    for choice in ("full", "low-rank"):
+        compress(b, t, tmp_path / choice, DTSConfig(density=0.5, embeddings=choice))
+        export_full(tmp_path / choice, b, tmp_path / f"dense_{choice}")
+        dense = load_file(tmp_path / f"dense_{choice}" / "model.safetensors")
+        assert torch.equal(dense["lm_head.weight"], dense["embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [({"include": "("}, "regular expression"), ({"device": "warp"}, "warp")]
+)
+def test_settings_that_torch_or_re_refuse(setting, message):
+    with pytest.raises(DTSError, match=message):
+        DTSConfig(**setting)

@@ -6,7 +6,7 @@ import torch
 
 from dts_fast.decompose import decompose
 from dts_fast.errors import DTSError
-from dts_fast.fit import fit, fit_vector, relative_error, threshold
+from dts_fast.fit import SMALL_POSITIVE, fit, fit_vector, relative_error, threshold
 
 
 def paper_threshold(values: np.ndarray) -> np.ndarray:
@@ -50,10 +50,18 @@ def test_threshold_is_over_the_whole_matrix_not_by_column():
 
 
 def test_exact_zeros_take_the_level_nearest_to_zero():
-    codes, levels = threshold(torch.tensor([0.0, 1.0, 4.0, -1.5, -6.0]))
-    assert levels[codes[0].long()] == levels[codes[1].long()] == 1.0
+    codes, levels = threshold(torch.tensor([0.0, 1.0, 4.0, 5.0, 2.0, -1.5, -6.0, -7.0, -2.0]))
+    assert levels[codes[0].long()] == levels[SMALL_POSITIVE] == pytest.approx(2.5**0.5)
     codes, levels = threshold(torch.tensor([0.0, 2.0, 3.0]))
     assert levels[codes[0].long()] == 0.0  # no negative elements: that group's level is 0
+
+
+def test_many_exact_zeros_get_a_level_of_their_own():
+    values = torch.tensor([0.0, 0.0, 0.0, 1.0, 3.0, -2.0, -4.0, -5.0])
+    codes, levels = threshold(values)
+    # The positive sign has fewer elements: one level for both, their RMS sqrt(5).
+    torch.testing.assert_close(levels, torch.tensor([5.0**0.5, 0.0, -(10.0**0.5), -5.0]))
+    assert codes.tolist() == [1, 1, 1, 0, 0, 2, 2, 3]
 
 
 def test_equal_magnitudes_split_the_same_way_every_time():
@@ -236,3 +244,20 @@ def test_the_same_delta_gives_the_same_bits(method):
         assert torch.equal(getattr(first, part).codes, getattr(second, part).codes)
         assert torch.equal(getattr(first, part).levels, getattr(second, part).levels)
     assert torch.equal(first.s, second.s)
+
+
+@pytest.mark.parametrize("method", ["paper", "refined"])
+@pytest.mark.parametrize(("shape", "rows"), [((2000, 64), 1), ((2000, 64), 5), ((32, 32), 1)])
+def test_deltas_of_few_rows_are_not_blown_up(method, shape, rows):
+    """An embedding of which few tokens changed: storing nothing would have error 1."""
+    delta = torch.zeros(shape)
+    delta[:rows] = torch.randn(rows, shape[1])
+    assert relative_error(delta, fit(delta, rank=rows, method=method)) < 0.8
+
+
+def test_fit_keeps_no_graph():
+    weight = torch.nn.Parameter(torch.randn(8, 6))
+    fitted = fit(torch.randn(8, 6) - weight, rank=2)
+    assert not fitted.s.requires_grad
+    assert not fitted.u.levels.requires_grad
+    assert not fit_vector(torch.randn(8) - weight[:, 0]).levels.requires_grad

@@ -38,7 +38,7 @@ ALLOWED = {
     "bank": {"errors"},
     "routing": {"bank", "errors"},
     "nn": {"bank", "codes", "errors", "ops", "reference", "routing"},
-    "model": {"adapter_file", "bank", "checkpoint", "errors", "fingerprint", "nn", "routing"},
+    "model": {"adapter_file", "atomic", "bank", "checkpoint", "errors", "fingerprint", "nn", "routing"},
     "doctor": {"native", "ops", "version"},
     "hardware": {"version"},
     "demo_lm": {"errors"},

@@ -141,7 +141,7 @@ GENERATION = [
 @pytest.mark.parametrize("settings", GENERATION, ids=str)
 def test_generate_gives_each_row_the_text_of_its_own_model(family, settings):
     model, ids = family.model(), family.inputs["input_ids"][:3]
-    settings = {"max_new_tokens": 6, "pad_token_id": 0} | settings
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0} | settings
     # Left padding, as in any batch of prompts.
     ids[0, :2] = 0
     mask = (ids != 0).long()

@@ -1,0 +1,260 @@
+"""Mixed batches where a model's inner inputs do not show the batch: encoder-decoders, flattened tokens, sharing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from conftest import write_checkpoint
+from safetensors.torch import load_file
+from torch import nn
+
+from dts_fast import DTSConfig, DTSLinear, DTSModel, compress, fit, fit_vector, route
+from dts_fast.errors import BaseMismatchError, RoutingError
+from dts_fast.export import export_full
+
+SIZES = {"d_model": 32, "vocab_size": 99}
+
+
+def bart():
+    config = transformers.BartConfig(
+        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=40,
+        decoder_ffn_dim=40, max_position_embeddings=40, eos_token_id=2, decoder_start_token_id=2, **SIZES,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+def t5():
+    config = transformers.T5Config(num_layers=2, num_heads=4, d_kv=8, d_ff=40, decoder_start_token_id=0, **SIZES)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def opt():
+    config = transformers.OPTConfig(
+        hidden_size=32, num_hidden_layers=2, ffn_dim=40, num_attention_heads=4, vocab_size=99, word_embed_proj_dim=32,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config)
+
+
+def adapters(tmp_path, make, **settings) -> tuple[DTSModel, dict[str, nn.Module]]:
+    """A model with adapters "a" and "b", and the dense model of each and of the base."""
+    base = make().eval()
+    base.save_pretrained(tmp_path / "base")
+    for name in ("a", "b"):
+        tuned = make()
+        tuned.load_state_dict(base.state_dict())
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+        tuned.save_pretrained(tmp_path / f"tuned_{name}")
+        compress(tmp_path / "base", tmp_path / f"tuned_{name}", tmp_path / name, DTSConfig(density=0.3, **settings))
+        export_full(tmp_path / name, tmp_path / "base", tmp_path / f"dense_{name}")
+    model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")
+    model.load_adapter(tmp_path / "b", "b")
+    dense = {n: type(base).from_pretrained(tmp_path / f"dense_{n}").eval() for n in ("a", "b")}
+    return model, dense | {"__base__": type(base).from_pretrained(tmp_path / "base").eval()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [2, 3, 5])  # as many tokens as rows, and not
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [(bart, {}), (opt, {}), (t5, {"exclude": "relative_attention_bias"})],
+    ids=["bart", "opt", "t5"],
+)
+def test_mixed_logits_and_generation(tmp_path, make, settings, length):
+    model, dense = adapters(tmp_path, make, **settings)
+    names = ["b", "__base__", "a"]
+    ids = torch.randint(3, 99, (3, length))
+    extra = {} if make is opt else {"decoder_input_ids": torch.randint(3, 99, (3, length))}
+    mixed = model(input_ids=ids, adapter_names=names, **extra).logits
+    expected = torch.stack([dense[n](input_ids=ids, **extra).logits[row] for row, n in enumerate(names)])
+    # Float32 sums of base and delta apart instead of together.
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    for beams in (1, 2):
+        settings = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": beams}
+        tokens = model.generate(input_ids=ids, adapter_names=names, **settings)
+        for row, name in enumerate(names):
+            alone = dense[name].generate(input_ids=ids[row : row + 1], **settings)
+            assert torch.equal(tokens[row : row + 1], alone)
+
+
+@torch.no_grad()
+def test_tables_of_relative_positions_are_refused_in_mixed_batches_only(tmp_path):
+    model, dense = adapters(tmp_path, t5)
+    ids = torch.randint(3, 99, (2, 2))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    logits = model(**inputs, adapter_names=["a", "a"]).logits
+    expected = dense["a"](**inputs).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    with pytest.raises(RoutingError, match="relative positions"):
+        model(**inputs, adapter_names=["a", "b"])
+
+
+@torch.no_grad()
+def test_the_number_of_names_is_checked_against_the_models_input(tmp_path):
+    model, _ = adapters(tmp_path, opt)
+    with pytest.raises(RoutingError, match="2 adapter names for a batch of 1 rows"):
+        model(torch.randint(3, 99, (1, 5)), adapter_names=["a", "b"])
+    with pytest.raises(RoutingError, match="2 adapter names for a batch of 4 rows"):
+        model(torch.randint(3, 99, (4, 5)), adapter_names=["a", "b"])
+
+
+def test_gradient_checkpointing_outside_its_route_is_refused_not_wrong():
+    from torch.utils.checkpoint import checkpoint
+
+    layer = DTSLinear(nn.Linear(6, 6))
+    layer.load_adapter("a", fit(torch.randn(6, 6), rank=2))
+    x = torch.randn(2, 6, requires_grad=True)
+    with route("a"):
+        y = checkpoint(layer, x, use_reentrant=False)
+    with pytest.raises(RoutingError, match="gradient"):
+        y.sum().backward()
+    with route("a"):
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+
+
+def test_a_route_may_be_entered_twice():
+    from dts_fast.routing import current_route
+
+    once = route("a")
+    with once, once:
+        assert current_route() is once
+    assert current_route() is None
+
+
+class Shared(nn.Module):
+    """One linear at two places, and a scalar."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(12, 12)
+        self.second = self.first
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.second(self.first(x).relu()) * self.scale
+
+
+@torch.no_grad()
+def test_shared_modules_and_scalars(tmp_path):
+    base, tuned = Shared(), Shared()
+    tuned.load_state_dict({n: p + 0.1 * torch.randn_like(p) for n, p in base.state_dict().items()})
+    tuned.second = tuned.first
+    names = ["first.weight", "first.bias", "scale"]
+    for name, model in (("base", base), ("tuned", tuned)):
+        write_checkpoint(tmp_path / name, {n: model.state_dict()[n].clone() for n in names})
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(rank=6))
+    export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
+    dense = Shared()
+    state = load_file(tmp_path / "dense" / "model.safetensors")
+    dense.load_state_dict(state | {f"second.{n}": state[f"first.{n}"] for n in ("weight", "bias")})
+    model = DTSModel.from_pretrained(base, tmp_path / "a", "a")
+    x = torch.randn(3, 12)
+    with route(["a", "__base__", "a"]):
+        y = model(x)
+    torch.testing.assert_close(y[[0, 2]], dense(x)[[0, 2]], rtol=1e-4, atol=1e-4)
+    merged = model.merge_and_unload("a")
+    assert merged.first is merged.second
+    torch.testing.assert_close(merged(x), dense(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_path", [True, False])
+def test_a_head_untied_by_the_fine_tune(tmp_path, by_path):
+    def make(tied: bool):
+        config = transformers.LlamaConfig(
+            vocab_size=99, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
+            tie_word_embeddings=tied,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config).eval()
+
+    base, tuned = make(True), make(False)
+    state = base.state_dict()
+    tuned.load_state_dict({n: t + 0.05 * torch.randn_like(t) for n, t in state.items()})
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(density=0.3))
+    export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
+    dense = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    model = DTSModel.from_pretrained(tmp_path / "base" if by_path else make_copy(base), tmp_path / "a", "a")
+    ids = torch.randint(3, 99, (2, 5))
+    logits = model(ids, adapter_names=["a", "__base__"]).logits
+    torch.testing.assert_close(logits[0], dense(ids).logits[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1], base(ids).logits[1], rtol=1e-4, atol=1e-4)
+
+
+def make_copy(model):
+    from copy import deepcopy
+
+    return deepcopy(model)
+
+
+@torch.no_grad()
+def test_a_load_stopped_half_way_leaves_nothing_in_its_slot(tmp_path, monkeypatch):
+    model, dense = adapters(tmp_path, opt)
+    model.delete_adapter("b")
+    calls = []
+
+    def stop(self, slot, parameters, original=DTSLinear.load_slot):
+        calls.append(slot)
+        original(self, slot, parameters)
+        if len(calls) == 3:
+            raise MemoryError
+
+    monkeypatch.setattr(DTSLinear, "load_slot", stop)
+    with pytest.raises(MemoryError):
+        model.load_adapter(tmp_path / "a", "half")
+    monkeypatch.undo()
+    assert model.adapter_names == ["a"]
+    model.load_adapter(tmp_path / "b", "b")
+    ids = torch.randint(3, 99, (2, 5))
+    expected = dense["b"](ids).logits
+    torch.testing.assert_close(
+        model(ids, adapter_names="b").logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+    )
+
+
+@torch.no_grad()
+def test_autocast(tmp_path):
+    model, dense = adapters(tmp_path, opt)
+    ids = torch.randint(3, 99, (2, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(ids, adapter_names=["a", "b"]).logits
+        expected = torch.stack([dense[name](ids).logits[row] for row, name in enumerate("ab")])
+    assert mixed.dtype == expected.dtype
+    # Two layers of bfloat16 arithmetic, on base and delta apart instead of together.
+    assert (mixed.float() - expected.float()).abs().max() < 20 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
+@torch.no_grad()
+def test_save_pretrained_copies_the_adapters(tmp_path):
+    model, _ = adapters(tmp_path, opt)
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("a", "b"):
+        for file in (tmp_path / name).iterdir():
+            assert (tmp_path / "saved" / name / file.name).read_bytes() == file.read_bytes()
+    again = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "saved" / "b", "b")
+    ids = torch.randint(3, 99, (2, 5))
+    assert torch.equal(again(ids).logits, model(ids, adapter_names="b").logits)
+
+
+def test_a_refused_adapter_leaves_the_users_model_as_it_was(tmp_path):
+    _, dense = adapters(tmp_path, opt)
+    stranger = dense["b"]
+    with pytest.raises(BaseMismatchError):
+        DTSModel.from_pretrained(stranger, tmp_path / "a")
+    assert not stranger._forward_hooks
+    assert not stranger._forward_pre_hooks
+
+
+def test_adapters_loaded_in_inference_mode_can_be_used_and_deleted_outside():
+    layer = DTSLinear(nn.Linear(6, 5))
+    with torch.inference_mode():
+        layer.load_adapter("a", fit(torch.randn(5, 6), rank=2), bias=fit_vector(torch.randn(5)))
+    x = torch.randn(2, 6, requires_grad=True)
+    with route("a"):
+        layer(x).sum().backward()
+    layer.delete_adapter("a")
+    layer.load_adapter("b", fit(torch.randn(5, 6), rank=2))
