@@ -163,7 +163,9 @@ class DTSModule(nn.Module):
         for members in groups.values():
             taken.append([row * repeats + i for row in members for i in range(repeats)])
             index = torch.tensor(taken[-1])
-            part = _map_rows(lambda t, index=index: t[index.to(t.device)], rows, args, kwargs)
+            # A vector that an embedding is given is a list of positions, however many rows there are.
+            least = 2 if isinstance(self.base_layer, nn.Embedding) else 1
+            part = _map_rows(lambda t, index=index: t[index.to(t.device)], rows, args, kwargs, least)
             part_slots = [slots[row] for row in members]
             with narrowed(members):
                 if part_slots[0] in self.stored:
@@ -372,11 +374,12 @@ def _batch_shape(args, kwargs) -> torch.Size:
     raise RoutingError("a DTS layer was called without any tensor that has a batch dimension.")
 
 
-def _map_rows(function, rows: int, args, kwargs):
+def _map_rows(function, rows: int, args, kwargs, least_dim: int = 1):
     """Apply ``function`` to every tensor of the arguments whose first dimension is the batch."""
 
     def on_leaf(leaf):
-        return function(leaf) if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows else leaf
+        has_rows = isinstance(leaf, Tensor) and leaf.dim() >= least_dim and leaf.shape[0] == rows
+        return function(leaf) if has_rows else leaf
 
     return pytree.tree_map(on_leaf, (tuple(args), dict(kwargs)))
 
