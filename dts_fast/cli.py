@@ -143,6 +143,18 @@ def export_full(adapter, base_model, out_path, overwrite) -> None:
 
 
 @main.command()
+@click.argument("models", nargs=-1, required=True, metavar="A B ...")
+@click.option("--out-path", required=True, metavar="O", help="Directory to write.")
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at the target.")
+def average(models, out_path, overwrite) -> None:
+    """Write the mean of checkpoints A B ..., a --reference for compress."""
+    from .dense import average as run
+
+    run(models, out_path, overwrite=overwrite)
+    click.echo(f"{out_path}: the mean of {len(models)} checkpoints")
+
+
+@main.command()
 @click.option("--out", default="demo_out", show_default=True, help="Folder for models, adapters, table and plot.")
 @click.option("--steps", type=int, help="Training steps of the base model; fewer are faster and worse.")
 @click.option("--seed", type=int, default=0, show_default=True)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapter_file import Adapter, load_adapter
-from .atomic import staged_directory
 from .checkpoint import Checkpoint
+from .dense import write_like
 from .errors import BaseMismatchError
 from .fingerprint import check_fingerprint
-
-# Beside the weights: tokenizer, generation settings, vocabulary. Other weights and indexes are not copied.
-_COMPANION = re.compile(r"(?!.*\.index\.json$).*\.(json|txt|model|jinja)$")
 
 
 def export_full(
@@ -41,33 +34,16 @@ def export_full(
     """
     adapter, base = load_adapter(adapter_path), Checkpoint.open(base_model)
     check_base(adapter, base)
-    files: dict[Path, list[str]] = {}
-    for name, info in base.tensors.items():
-        files.setdefault(info.file, []).append(name)
-    added = [name for name in adapter.parameters if name not in base.tensors]
-    changed, weight_map, total = 0, {}, 0
-    with staged_directory(Path(out_path), overwrite=overwrite, marker="config.json") as staging:
-        for number, (file, names) in enumerate(files.items(), start=1):
-            target = file.name if len(files) > 1 else "model.safetensors"
-            tensors = {}
-            for name in names:
-                tensors[name] = _personalised(adapter, base, name)
-                changed += tensors[name] is not None
-                tensors[name] = base.get(name) if tensors[name] is None else tensors[name]
-            if number == len(files):
-                tensors |= {name: adapter.parameters[name] for name in added}
-            weight_map |= dict.fromkeys(tensors, target)
-            total += sum(tensor.nbytes for tensor in tensors.values())
-            save_file(tensors, staging / target, metadata={"format": "pt"})
-        if len(files) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-        for companion in next(iter(files)).parent.iterdir():
-            if companion.is_file() and _COMPANION.match(companion.name):
-                shutil.copyfile(companion, staging / companion.name)
-        if base.config:
-            config = {**base.config, **adapter.config["model_config"]}
-            (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    changed = 0
+
+    def tensor_of(name: str) -> Tensor:
+        nonlocal changed
+        tensor = _personalised(adapter, base, name)
+        changed += tensor is not None
+        return base.get(name) if tensor is None else tensor
+
+    added = {name: p for name, p in adapter.parameters.items() if name not in base.tensors}
+    write_like(base, out_path, tensor_of, added=added, config=adapter.config["model_config"], overwrite=overwrite)
     return changed + len(added)
 
 

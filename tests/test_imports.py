@@ -31,7 +31,8 @@ ALLOWED = {
         "adapter_file", "atomic", "card", "checkpoint", "codes", "decompose", "errors", "fingerprint", "fit", "rank",
         "version",
     },
-    "export": {"adapter_file", "atomic", "checkpoint", "errors", "fingerprint"},
+    "dense": {"atomic", "checkpoint", "errors"},
+    "export": {"adapter_file", "checkpoint", "dense", "errors", "fingerprint"},
     "verify": {"adapter_file", "checkpoint", "codes", "errors", "export", "fit"},
     "reference": {"codes"},
     "ops": {"codes", "native", "reference"},
@@ -43,7 +44,7 @@ ALLOWED = {
     "hardware": {"version"},
     "demo_lm": {"errors"},
     "demo": {"adapter_file", "compress", "demo_lm", "errors", "hardware", "model"},
-    "cli": {"compress", "demo", "doctor", "errors", "export", "verify", "version"},
+    "cli": {"compress", "demo", "dense", "doctor", "errors", "export", "verify", "version"},
     "__init__": {"adapter_file", "codes", "compress", "errors", "fit", "model", "nn", "routing", "version"},
 }  # fmt: skip
 
