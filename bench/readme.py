@@ -58,7 +58,7 @@ def fidelity() -> str:
     lines = (RESULTS / "fidelity.jsonl").read_text(encoding="utf-8").splitlines()
     head, rows = json.loads(lines[0])["header"], [json.loads(line) for line in lines[1:]]
     out = [
-        "| fine-tune | bytes of what is covered | paper: KL | refined / paper | exact SVD of the paper's rank / paper |",
+        "| fine-tune | bytes of what is covered | paper: KL | refined / paper | exact SVD, same rank / paper |",
         "|---|---|---|---|---|",
     ]
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -74,9 +74,9 @@ def fidelity() -> str:
             )
     out += [
         "",
-        "KL: divergence (nats) of the compressed model's predictions from the fine-tune's on held-out inputs. *section* and "
-        "*interface* are full fine-tunes of all-MiniLM-L6-v2 (embeddings left at the base), the others the demo's language "
-        "models. The exact SVD keeps its factors in full precision, at 8 to 16 times the bytes. "
+        "KL: divergence (nats) of the compressed model's predictions from the fine-tune's on held-out inputs. *section* "
+        "and *interface* are full fine-tunes of all-MiniLM-L6-v2 (embeddings left at the base), the others the demo's "
+        "language models. The exact SVD keeps its factors in full precision, at 8 to 16 times the bytes. "
         f"({hardware(head)}; [bench/results/fidelity.jsonl](bench/results/fidelity.jsonl))",
         "",
         "![KL against bytes](bench/results/fidelity.png)",
