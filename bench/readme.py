@@ -74,7 +74,7 @@ def fidelity() -> str:
             )
     out += [
         "",
-        "KL: divergence (nats) of the compressed model's predictions from the fine-tune's on held-out inputs. *section* "
+        "KL: divergence (nats) of the compressed model's predictions from the fine-tune's, held-out inputs. *section* "
         "and *interface* are full fine-tunes of all-MiniLM-L6-v2 (embeddings left at the base), the others the demo's "
         "language models. The exact SVD keeps its factors in full precision, at 8 to 16 times the bytes. "
         f"({hardware(head)}; [bench/results/fidelity.jsonl](bench/results/fidelity.jsonl))",
