@@ -46,15 +46,26 @@ def threshold(values: Tensor) -> tuple[Tensor, Tensor]:
     zero_needs_a_level = flat.numel() - sum(counts.values()) > counts[fewer] // 2
     for sign, large, small in groups:
         index = (flat * sign > 0).nonzero().squeeze(1)
-        # Stable, so that equal magnitudes fall the same way on every run.
-        order = torch.argsort(flat[index].abs(), descending=True, stable=True)
+        magnitudes = flat[index].abs()
         half = index.numel() if zero_needs_a_level and sign == fewer else index.numel() // 2
-        for code, members in ((large, index[order[:half]]), (small, index[order[half:]])):
-            codes[members] = code
-            if members.numel():
-                levels[code] = sign * flat[members].double().square().mean().sqrt()
+        in_large = _largest(magnitudes, half)
+        for code, members in ((large, in_large), (small, ~in_large)):
+            codes[index[members]] = code
+            if bool(members.any()):
+                levels[code] = sign * magnitudes[members].double().square().mean().sqrt()
     codes[flat == 0] = levels.abs().argmin().to(torch.uint8)
     return codes.reshape(values.shape), levels.float()
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Which ``count`` of the values are the largest, as a mask; of equal ones the first."""
+    if count in (0, values.numel()):
+        return torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
+    least = values.kthvalue(values.numel() - count + 1).values  # a selection, several times faster than sorting
+    mask = values > least
+    ties = (values == least).nonzero().squeeze(1)
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask
 
 
 def code_matrix(factor: Tensor) -> CodedMatrix:
@@ -88,16 +99,16 @@ def fit_refined(delta: Tensor, rank: int) -> LowRankDelta:
     if rank == 0 or not bool(sigma[0] > 0):
         return LowRankDelta(code_matrix(left), sigma.float(), code_matrix(right), tuple(delta.shape))
     u, v = _Side(left), _Side(right)
-    product = delta @ v.values()  # [N, r]
+    product = v.rows @ delta.t()  # [r, N]
     for _ in range(_ROUNDS):
         s = _fit_scales(u, v, product)
         u.improve(product, v, s)
-        product = delta.t() @ u.values()  # [K, r]
+        product = u.rows @ delta  # [r, K]
         s = _fit_scales(v, u, product)
         v.improve(product, u, s)
-        product = delta @ v.values()
+        product = v.rows @ delta.t()
     s = _fit_scales(u, v, product)
-    s = s * _stretch(delta, u.values() * s, v.values(), left * sigma, right)
+    s = s * _stretch(delta, u.rows.t() * s, v.rows.t(), left * sigma, right)
     return LowRankDelta(u.coded(), s.float(), v.coded(), tuple(delta.shape))
 
 
@@ -119,71 +130,71 @@ def _stretch(delta: Tensor, a_left: Tensor, a_right: Tensor, d_left: Tensor, d_r
 
 
 class _Side:
-    """One factor while it is fitted: codes and levels, components in rows so that they are contiguous."""
+    """One factor while it is fitted: its levels, and its elements ``[r, n]`` with components in (contiguous) rows."""
 
     def __init__(self, vectors: Tensor) -> None:
         # Components of one size share the levels; their lengths go to the scales.
         rms = vectors.square().mean(0).sqrt().clamp_min(torch.finfo(vectors.dtype).tiny)
         self.levels = vectors.new_tensor(_NORMAL_LEVELS)
-        self.codes = self._nearest((vectors / rms).t().contiguous())  # [r, n]
+        self.rows = self.levels[self._nearest((vectors / rms).t().contiguous())]
 
     def _nearest(self, values: Tensor) -> Tensor:
-        boundaries = (self.levels[:-1] + self.levels[1:]) / 2
-        return (values < boundaries[0]).long() + (values < boundaries[1]) + (values < boundaries[2])
-
-    def values(self) -> Tensor:
-        """The factor ``[n, r]``."""
-        return self.levels[self.codes].t()
+        """The code of the level next to each value."""
+        ascending = self.levels.flip(0)
+        return 3 - torch.bucketize(values, (ascending[:-1] + ascending[1:]) / 2)
 
     def coded(self) -> CodedMatrix:
-        return CodedMatrix(pack(self.codes.to(torch.uint8)), self.levels.float(), self.codes.shape[1])
+        return CodedMatrix(pack(self._nearest(self.rows).to(torch.uint8)), self.levels.float(), self.rows.shape[1])
 
     def improve(self, product: Tensor, other: _Side, s: Tensor) -> None:
         """Choose every element anew with the other factor fixed, then the levels.
 
         Args:
-            product: delta times the other factor, ``[n, r]``.
+            product: the other factor times the delta, ``[r, n]``.
             s: ``[r]``.
         """
-        fixed = other.values() * s
-        gram = fixed.t() @ fixed  # [r, r]
-        target = (product * s).t().contiguous()  # [r, n]
-        curvature = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
-        values = self.levels[self.codes]
-        residual = target - gram @ values  # minus the gradient
+        fixed = other.rows * s[:, None]
+        gram = fixed @ fixed.t()  # [r, r]
+        target = product * s[:, None]
+        curvature = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).tolist()
+        ascending = self.levels.flip(0)
+        boundaries = (ascending[:-1] + ascending[1:]) / 2
+        rows = self.rows
+        residual = target - gram @ rows  # minus the gradient
         for _ in range(_SWEEPS):
-            for first in range(0, values.shape[0], _BLOCK):
+            for first in range(0, rows.shape[0], _BLOCK):
                 # Within a block the residual is kept up to date component by component; the others see the whole
                 # block's change in one product, which is what makes a sweep run at the speed of a matrix product.
-                block = slice(first, first + _BLOCK)
-                change = torch.zeros_like(values[block])
+                block = slice(first, min(first + _BLOCK, rows.shape[0]))
+                change = torch.zeros_like(rows[block])
                 for j in range(change.shape[0]):
                     k = first + j
-                    step = residual[k] - gram[k, block] @ change
-                    wanted = values[k] + step / curvature[k]
-                    self.codes[k] = self._nearest(wanted)
-                    change[j] = self.levels[self.codes[k]] - values[k]
-                values[block] += change
-                residual -= gram[:, block] @ change
+                    step = torch.addmv(residual[k], change[:j].t(), gram[k, first:k], alpha=-1)
+                    wanted = torch.add(rows[k], step, alpha=1 / curvature[k])
+                    torch.sub(ascending[torch.bucketize(wanted, boundaries)], rows[k], out=change[j])
+                rows[block] += change
+                residual.addmm_(gram[:, block], change, alpha=-1)
         self._refit_levels(target, gram)
 
     def _refit_levels(self, target: Tensor, gram: Tensor) -> None:
         """The four levels that fit best with these codes: a 4 x 4 least-squares problem."""
-        members = torch.stack([(self.codes == code).to(gram) for code in range(4)])  # [4, r, n]
-        left = members.flatten(1).double()
-        system = (gram @ members).flatten(1).double() @ left.t()
-        wanted = left @ target.flatten().double()
+        codes = self._nearest(self.rows)
+        members = torch.stack([(codes == code).to(gram) for code in range(4)])  # [4, r, n]
+        flat = members.flatten(1)
+        system = ((gram @ members).flatten(1) @ flat.t()).double()
+        wanted = (flat @ target.flatten()).double()
         system.diagonal().add_(1e-9 * system.diagonal().mean() + torch.finfo(torch.float64).tiny)
         levels = torch.linalg.solve(system, wanted).to(self.levels)
+        # A code that nothing uses gets level 0, which may equal its neighbour's.
         if bool(torch.isfinite(levels).all()) and bool((levels[:-1] >= levels[1:]).all()):
-            self.levels = levels
+            self.levels, self.rows = levels, levels[codes]
 
 
 def _fit_scales(one: _Side, other: _Side, product: Tensor) -> Tensor:
-    """The scales ``[r]`` that fit best with these factors; ``product`` is the delta times the other factor."""
-    a, b = one.values(), other.values()
-    system = ((a.t() @ a) * (b.t() @ b)).double()
-    wanted = (a * product).sum(0).double()
+    """The scales ``[r]`` that fit best with these factors; ``product`` is the other factor times the delta."""
+    a, b = one.rows, other.rows
+    system = ((a @ a.t()) * (b @ b.t())).double()
+    wanted = (a * product).sum(1).double()
     system.diagonal().add_(1e-6 * system.diagonal().mean())
     return torch.linalg.solve(system, wanted).to(product)
 
@@ -239,8 +250,9 @@ def fit(
         raise DTSError(f"unknown method {method!r}; known: {', '.join(sorted(METHODS))}.")
     matrix = checked(delta, name).reshape(as_matrix).contiguous()  # sums in one order, whatever the strides
     # Squares of very small or large deltas leave float32's range. A power of two changes no digit.
-    unit = 2.0 ** math.floor(math.log2(matrix.abs().max())) if matrix.numel() and bool(matrix.any()) else 1.0
-    low_rank = METHODS[method](matrix / unit, rank)
+    largest = max(map(abs, map(float, matrix.aminmax()))) if matrix.numel() else 0.0
+    unit = 2.0 ** math.floor(math.log2(largest)) if largest and not 1e-9 < largest < 1e9 else 1.0
+    low_rank = METHODS[method](matrix if unit == 1.0 else matrix / unit, rank)
     return LowRankDelta(low_rank.u, low_rank.s * unit, low_rank.v, tuple(delta.shape))
 
 
@@ -274,8 +286,8 @@ def checked(delta: Tensor, name: str) -> Tensor:
         DTSError: NaN or Inf in it.
     """
     delta = delta if delta.dtype == torch.float64 else delta.float()
-    bad = int((~torch.isfinite(delta)).sum())
-    if bad:
+    if delta.numel() and not all(math.isfinite(bound) for bound in delta.aminmax()):  # NaN is passed on
+        bad = int((~torch.isfinite(delta)).sum())
         raise DTSError(
             f"{name}: {bad} of {delta.numel()} values of the delta are NaN or Inf. Expected finite weights on "
             "both sides; check the fine-tune for divergence, or leave the tensor out with --exclude."
