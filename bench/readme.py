@@ -49,7 +49,8 @@ def demo() -> str:
         "```",
     ]
     for name, text in results["texts"].items():
-        lines += [f"--- {name}", *text.splitlines()[:6]]
+        shown = [line for line in text.splitlines() if line.strip()]
+        lines += [f"--- {name}", *shown[:5]]
     return "\n".join([*lines, "```"])
 
 
@@ -76,7 +77,7 @@ def fidelity() -> str:
         "",
         "KL: divergence (nats) of the compressed model's predictions from the fine-tune's, held-out inputs. *section* "
         "and *interface* are full fine-tunes of all-MiniLM-L6-v2 (embeddings left at the base), the others the demo's "
-        "language models. The exact SVD keeps its factors in full precision, at 8 to 16 times the bytes. "
+        "language models. The exact SVD keeps its factors in float32, at 16 times the bytes. "
         f"({hardware(head)}; [bench/results/fidelity.jsonl](bench/results/fidelity.jsonl))",
         "",
         "![KL against bytes](bench/results/fidelity.png)",

@@ -189,6 +189,7 @@ def _generate(out: Path, tokenizer, seed: int) -> dict[str, str]:
         max_new_tokens=60,
         do_sample=True,
         temperature=0.7,
+        top_k=20,
         pad_token_id=tokenizer.eos_token_id,
     )
     return dict(zip(names, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True))
