@@ -167,7 +167,7 @@ def compress(
         elif name in plan.vectors:
             parameters[name] = fit_vector(delta, name=name)
         elif ranks[name] == 0:
-            fit(delta, 0, method=config.method, name=name)  # the check for NaN and Inf holds for these as well
+            checked(delta, name)  # NaN and Inf are refused in these as well
             skipped[name] = "rank 0"
         else:
             parameters[name] = fit(delta, ranks[name], method=config.method, name=name)

@@ -120,8 +120,8 @@ def _stretch(delta: Tensor, a_left: Tensor, a_right: Tensor, d_left: Tensor, d_r
 
     Two rules are sound: unbiased along D_r, by ``<D_r, D_r> / <A, D_r>``, and of the delta's norm, by
     ``||D|| / ||A||``. The first leaves out that the lost components worked in the same direction, the second overshoots
-    where few components carry the norm of all. Their geometric mean, limited to a quarter above the first, has the
-    lower divergence from the fine-tune over all budgets (bench/fidelity.py).
+    where few components carry the norm of all. Their geometric mean, limited to a quarter above the first, lies
+    between; bench/fidelity.py measures what comes of it.
     """
     overlap = ((a_left.t() @ d_left) * (a_right.t() @ d_right)).sum()
     unbiased = d_left.square().sum() / overlap

@@ -135,7 +135,8 @@ class DTSModule(nn.Module):
         return self.base_layer(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
-        shape = _batch_shape(args, kwargs)
+        # A table of positions has no rows: what matters is only whether all rows of the batch agree.
+        shape = _batch_shape(args, kwargs) if self.batch_first else torch.Size([1])
         slots = current_slots(self.slots, shape)
         if isinstance(slots, int):
             return self._forward_one(slots, args, kwargs)
@@ -338,8 +339,11 @@ class DTSEmbedding(_BankedModule):
         super().__init__(base_layer, tuple(base_layer.weight.shape), max_adapters, slots, max_rank)
 
     def forward(self, input: Tensor) -> Tensor:
-        # Ids without a batch dimension are positions, shared by all rows.
-        return super().forward(input[None] if input.dim() == 1 and current_route() is not None else input)
+        if input.dim() > 1 or current_route() is None:
+            return super().forward(input)
+        # Ids without a batch dimension are positions, shared by all rows; where rows differ each gets its own.
+        y = super().forward(input[None])
+        return y[0] if y.shape[0] == 1 else y
 
     def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
         y = self.base_layer(input)

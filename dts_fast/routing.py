@@ -104,6 +104,8 @@ def current_slots(table: SlotTable, shape: Sequence[int]) -> int | list[int]:
     names, rows = current.adapter_names, shape[0]
     if isinstance(names, str):
         return table.slot(names)
+    if current.flattened and len(set(names)) == 1:
+        return table.slot(names[0])  # the model's own input had the right number of rows; inner shapes do not matter
     if rows != 1 and not (current.flattened and len(shape) == 2 and rows % len(names) == 0):
         names = current.names_for(rows)
     slots = [table.slot(name) for name in names]

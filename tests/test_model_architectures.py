@@ -81,9 +81,10 @@ def test_mixed_logits_and_generation(tmp_path, make, settings, length):
 
 
 @torch.no_grad()
-def test_tables_of_relative_positions_are_refused_in_mixed_batches_only(tmp_path):
+@pytest.mark.parametrize("length", [2, 5])
+def test_tables_of_relative_positions_are_refused_in_mixed_batches_only(tmp_path, length):
     model, dense = adapters(tmp_path, t5)
-    ids = torch.randint(3, 99, (2, 2))
+    ids = torch.randint(3, 99, (2, length))
     inputs = {"input_ids": ids, "decoder_input_ids": ids}
     logits = model(**inputs, adapter_names=["a", "a"]).logits
     expected = dense["a"](**inputs).logits

@@ -202,6 +202,9 @@ def test_an_input_shared_by_all_rows_is_expanded_where_adapters_differ():
         torch.testing.assert_close(y[row], dense[name]["weight"][:6], rtol=1e-5, atol=1e-6)
     with route(["a", "a", "a"]):
         assert layer(positions).shape == (1, 6, 9)
+        assert layer(positions[0]).shape == (6, 9)
+    with route(["a", "__base__", "b"]):
+        assert torch.equal(layer(positions[0]), y)
 
 
 @pytest.mark.parametrize(
