@@ -1,6 +1,7 @@
 // The Python module dts_fast._C: what is not a tensor op. Importing it also loads the kernels of this library, which
 // register themselves against the schemas that dts_fast/ops.py defines (TORCH_LIBRARY_IMPL, one file per device).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/version.h>
 
 #include "cpu/isa.h"
@@ -36,5 +37,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of dts_fast: CPU features, build information, and the kernels' registration.";
   m.def("cpu_features", &cpu_features,
         "Instruction-set extension to whether processor and operating system support it; empty off x86-64.");
+  m.def("cpu_isas", &dts_fast::cpu::available_isas, "Instruction sets with kernels that can run here, the best last.");
+  m.def("cpu_isa", [] { return std::string(dts_fast::cpu::kernels().name); }, "The instruction set in use.");
+  m.def("_set_cpu_isa", &dts_fast::cpu::set_isa, "Use the kernels of another instruction set; for tests.");
   m.def("build_info", &build_info, "What the extension was built with: torch, compiler, C++ standard, CUDA.");
 }

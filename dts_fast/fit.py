@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .codes import CodedMatrix, CodedVector, LowRankDelta, matrix_shape, pack
-from .decompose import decompose
+from .decompose import decompose, decompose_with_operator
+from .descent import descend_
 from .errors import DTSError
 
 # The codes of the four groups, in the order of their levels from high to low.
@@ -38,34 +40,43 @@ def threshold(values: Tensor) -> tuple[Tensor, Tensor]:
         codes uint8 in the shape of ``values``, and levels float32 ``[4]``.
     """
     flat = values.reshape(-1)
-    codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
+    # In ascending order the groups are neighbouring ranges, which makes boundaries and sums cheap.
+    ordered = _sorted(flat)
+    count = flat.numel()
+    negative, positive = int((flat < 0).sum()), int((flat > 0).sum())
+    large_negative, large_positive = negative // 2, positive // 2
+    if count - negative - positive > min(negative, positive) // 2:  # zeros need a level
+        if positive <= negative:
+            large_positive = positive
+        else:
+            large_negative = negative
+    squares = ordered.double().square()
+    bounds = (0, large_negative, negative, count - positive, count - large_positive, count)
+    groups = (LARGE_NEGATIVE, SMALL_NEGATIVE, None, SMALL_POSITIVE, LARGE_POSITIVE)
     levels = torch.zeros(4, dtype=torch.float64, device=flat.device)
-    groups = ((1.0, LARGE_POSITIVE, SMALL_POSITIVE), (-1.0, LARGE_NEGATIVE, SMALL_NEGATIVE))
-    counts = {sign: int((flat * sign > 0).sum()) for sign, _, _ in groups}
-    fewer = min(counts, key=counts.get)
-    zero_needs_a_level = flat.numel() - sum(counts.values()) > counts[fewer] // 2
-    for sign, large, small in groups:
-        index = (flat * sign > 0).nonzero().squeeze(1)
-        magnitudes = flat[index].abs()
-        half = index.numel() if zero_needs_a_level and sign == fewer else index.numel() // 2
-        in_large = _largest(magnitudes, half)
-        for code, members in ((large, in_large), (small, ~in_large)):
-            codes[index[members]] = code
-            if bool(members.any()):
-                levels[code] = sign * magnitudes[members].double().square().mean().sqrt()
+    for code, first, last in zip(groups, bounds[:-1], bounds[1:], strict=True):
+        if code is not None and last > first:
+            rms = squares[first:last].mean().sqrt()
+            levels[code] = rms if code in (LARGE_POSITIVE, SMALL_POSITIVE) else -rms
+    least = ordered[count - large_positive] if large_positive else math.inf
+    most = ordered[large_negative - 1] if large_negative else -math.inf
+    codes = (flat < least).to(torch.uint8) + (flat < 0).to(torch.uint8) + (flat <= most).to(torch.uint8)
+    # Of equal magnitudes at a boundary the first ones are large.
+    for boundary, large, small, wanted in (
+        (least, LARGE_POSITIVE, SMALL_POSITIVE, large_positive),
+        (most, LARGE_NEGATIVE, SMALL_NEGATIVE, large_negative),
+    ):
+        excess = int((codes == large).sum()) - wanted
+        if excess:
+            codes[(flat == boundary).nonzero().squeeze(1)[-excess:]] = small
     codes[flat == 0] = levels.abs().argmin().to(torch.uint8)
     return codes.reshape(values.shape), levels.float()
 
 
-def _largest(values: Tensor, count: int) -> Tensor:
-    """Which ``count`` of the values are the largest, as a mask; of equal ones the first."""
-    if count in (0, values.numel()):
-        return torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
-    least = values.kthvalue(values.numel() - count + 1).values  # a selection, several times faster than sorting
-    mask = values > least
-    ties = (values == least).nonzero().squeeze(1)
-    mask[ties[: count - int(mask.sum())]] = True
-    return mask
+def _sorted(flat: Tensor) -> Tensor:
+    """In ascending order; on a CPU by numpy, whose sort uses vector instructions (25 times faster on 650,000
+    elements)."""
+    return torch.from_numpy(np.sort(flat.numpy())) if flat.device.type == "cpu" else flat.sort().values
 
 
 def code_matrix(factor: Tensor) -> CodedMatrix:
@@ -84,7 +95,6 @@ def fit_paper(delta: Tensor, rank: int) -> LowRankDelta:
 _NORMAL_LEVELS = (1.5104, 0.4528, -0.4528, -1.5104)
 _ROUNDS = 3
 _SWEEPS = 2
-_BLOCK = 16
 
 
 def fit_refined(delta: Tensor, rank: int) -> LowRankDelta:
@@ -95,18 +105,18 @@ def fit_refined(delta: Tensor, rank: int) -> LowRankDelta:
     scales and levels are refitted in between. Least squares shrinks what it cannot fit, and a shrunk delta is a
     weaker fine-tune, so at the end the result is stretched (see `_stretch`).
     """
-    left, sigma, right = decompose(delta, rank)
+    left, sigma, right, operator = decompose_with_operator(delta, rank)
     if rank == 0 or not bool(sigma[0] > 0):
         return LowRankDelta(code_matrix(left), sigma.float(), code_matrix(right), tuple(delta.shape))
     u, v = _Side(left), _Side(right)
-    product = v.rows @ delta.t()  # [r, N]
+    product = operator.from_right(v.rows)  # [r, N]
     for _ in range(_ROUNDS):
         s = _fit_scales(u, v, product)
         u.improve(product, v, s)
-        product = u.rows @ delta  # [r, K]
+        product = operator.from_left(u.rows)  # [r, K]
         s = _fit_scales(v, u, product)
         v.improve(product, u, s)
-        product = v.rows @ delta.t()
+        product = operator.from_right(v.rows)
     s = _fit_scales(u, v, product)
     s = s * _stretch(delta, u.rows.t() * s, v.rows.t(), left * sigma, right)
     return LowRankDelta(u.coded(), s.float(), v.coded(), tuple(delta.shape))
@@ -136,15 +146,16 @@ class _Side:
         # Components of one size share the levels; their lengths go to the scales.
         rms = vectors.square().mean(0).sqrt().clamp_min(torch.finfo(vectors.dtype).tiny)
         self.levels = vectors.new_tensor(_NORMAL_LEVELS)
-        self.rows = self.levels[self._nearest((vectors / rms).t().contiguous())]
+        self.rows = self.levels[self._nearest((vectors / rms).t().contiguous()).long()]
 
     def _nearest(self, values: Tensor) -> Tensor:
         """The code of the level next to each value."""
-        ascending = self.levels.flip(0)
-        return 3 - torch.bucketize(values, (ascending[:-1] + ascending[1:]) / 2)
+        above = (self.levels[:-1] + self.levels[1:]) / 2
+        codes = (values <= above[0]).to(torch.uint8)  # several times faster than a search for each element
+        return codes.add_(values <= above[1]).add_(values <= above[2])
 
     def coded(self) -> CodedMatrix:
-        return CodedMatrix(pack(self._nearest(self.rows).to(torch.uint8)), self.levels.float(), self.rows.shape[1])
+        return CodedMatrix(pack(self._nearest(self.rows)), self.levels.float(), self.rows.shape[1])
 
     def improve(self, product: Tensor, other: _Side, s: Tensor) -> None:
         """Choose every element anew with the other factor fixed, then the levels.
@@ -156,24 +167,7 @@ class _Side:
         fixed = other.rows * s[:, None]
         gram = fixed @ fixed.t()  # [r, r]
         target = product * s[:, None]
-        curvature = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).tolist()
-        ascending = self.levels.flip(0)
-        boundaries = (ascending[:-1] + ascending[1:]) / 2
-        rows = self.rows
-        residual = target - gram @ rows  # minus the gradient
-        for _ in range(_SWEEPS):
-            for first in range(0, rows.shape[0], _BLOCK):
-                # Within a block the residual is kept up to date component by component; the others see the whole
-                # block's change in one product, which is what makes a sweep run at the speed of a matrix product.
-                block = slice(first, min(first + _BLOCK, rows.shape[0]))
-                change = torch.zeros_like(rows[block])
-                for j in range(change.shape[0]):
-                    k = first + j
-                    step = torch.addmv(residual[k], change[:j].t(), gram[k, first:k], alpha=-1)
-                    wanted = torch.add(rows[k], step, alpha=1 / curvature[k])
-                    torch.sub(ascending[torch.bucketize(wanted, boundaries)], rows[k], out=change[j])
-                rows[block] += change
-                residual.addmm_(gram[:, block], change, alpha=-1)
+        descend_(self.rows, target, gram, self.levels, _SWEEPS)
         self._refit_levels(target, gram)
 
     def _refit_levels(self, target: Tensor, gram: Tensor) -> None:
@@ -187,7 +181,7 @@ class _Side:
         levels = torch.linalg.solve(system, wanted).to(self.levels)
         # A code that nothing uses gets level 0, which may equal its neighbour's.
         if bool(torch.isfinite(levels).all()) and bool((levels[:-1] >= levels[1:]).all()):
-            self.levels, self.rows = levels, levels[codes]
+            self.levels, self.rows = levels, levels[codes.long()]
 
 
 def _fit_scales(one: _Side, other: _Side, product: Tensor) -> Tensor:
@@ -248,9 +242,9 @@ def fit(
         raise DTSError(f"{name}: rank must lie in 0..{min(as_matrix)} for a matrix {list(as_matrix)}, got {rank}.")
     if method not in METHODS:
         raise DTSError(f"unknown method {method!r}; known: {', '.join(sorted(METHODS))}.")
-    matrix = checked(delta, name).reshape(as_matrix).contiguous()  # sums in one order, whatever the strides
+    finite, largest = _checked(delta, name)
+    matrix = finite.reshape(as_matrix).contiguous()  # sums in one order, whatever the strides
     # Squares of very small or large deltas leave float32's range. A power of two changes no digit.
-    largest = max(map(abs, map(float, matrix.aminmax()))) if matrix.numel() else 0.0
     unit = 2.0 ** math.floor(math.log2(largest)) if largest and not 1e-9 < largest < 1e9 else 1.0
     low_rank = METHODS[method](matrix if unit == 1.0 else matrix / unit, rank)
     return LowRankDelta(low_rank.u, low_rank.s * unit, low_rank.v, tuple(delta.shape))
@@ -285,11 +279,19 @@ def checked(delta: Tensor, name: str) -> Tensor:
     Raises:
         DTSError: NaN or Inf in it.
     """
+    return _checked(delta, name)[0]
+
+
+def _checked(delta: Tensor, name: str) -> tuple[Tensor, float]:
+    """`checked`, and the largest magnitude."""
     delta = delta if delta.dtype == torch.float64 else delta.float()
-    if delta.numel() and not all(math.isfinite(bound) for bound in delta.aminmax()):  # NaN is passed on
+    if not delta.numel():
+        return delta, 0.0
+    largest = max(abs(float(bound)) for bound in delta.aminmax())  # NaN is passed on
+    if not math.isfinite(largest):
         bad = int((~torch.isfinite(delta)).sum())
         raise DTSError(
             f"{name}: {bad} of {delta.numel()} values of the delta are NaN or Inf. Expected finite weights on "
             "both sides; check the fine-tune for divergence, or leave the tensor out with --exclude."
         )
-    return delta
+    return delta, largest

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch  # noqa: F401  (its libraries must be loaded before the extension that links to them)
+
 # Why the extension is not used; None if it is.
 REASON: str | None = None
 MODULE: ModuleType | None = None

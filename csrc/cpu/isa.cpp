@@ -1,5 +1,9 @@
 #include "isa.h"
 
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 
@@ -44,19 +48,13 @@ std::vector<std::pair<std::string, bool>> features() {
   const bool zmm = ymm && (saved & 0xe0) == 0xe0;   // masks, upper halves, upper registers
   const bool tiles = (saved & 0x60000) == 0x60000;  // AMX configuration and data
   return {
-      {"avx2", ymm && bit(seven.ebx, 5)},
-      {"fma", ymm && bit(one.ecx, 12)},
-      {"f16c", ymm && bit(one.ecx, 29)},
-      {"avx512f", zmm && bit(seven.ebx, 16)},
-      {"avx512bw", zmm && bit(seven.ebx, 30)},
-      {"avx512vl", zmm && bit(seven.ebx, 31)},
-      {"avx512_vbmi", zmm && bit(seven.ecx, 1)},
-      {"avx512_vnni", zmm && bit(seven.ecx, 11)},
-      {"avx512_bf16", zmm && bit(seven_one.eax, 5)},
-      {"avx512_fp16", zmm && bit(seven.edx, 23)},
-      {"amx_tile", tiles && bit(seven.edx, 24)},
-      {"amx_bf16", tiles && bit(seven.edx, 22)},
-      {"amx_int8", tiles && bit(seven.edx, 25)},
+      {"avx2", ymm && bit(seven.ebx, 5)},         {"fma", ymm && bit(one.ecx, 12)},
+      {"f16c", ymm && bit(one.ecx, 29)},          {"avx512f", zmm && bit(seven.ebx, 16)},
+      {"avx512dq", zmm && bit(seven.ebx, 17)},    {"avx512bw", zmm && bit(seven.ebx, 30)},
+      {"avx512vl", zmm && bit(seven.ebx, 31)},    {"avx512_vbmi", zmm && bit(seven.ecx, 1)},
+      {"avx512_vnni", zmm && bit(seven.ecx, 11)}, {"avx512_bf16", zmm && bit(seven_one.eax, 5)},
+      {"avx512_fp16", zmm && bit(seven.edx, 23)}, {"amx_tile", tiles && bit(seven.edx, 24)},
+      {"amx_bf16", tiles && bit(seven.edx, 22)},  {"amx_int8", tiles && bit(seven.edx, 25)},
   };
 }
 
@@ -65,5 +63,69 @@ std::vector<std::pair<std::string, bool>> features() {
 std::vector<std::pair<std::string, bool>> features() { return {}; }
 
 #endif
+
+namespace {
+
+struct Entry {
+  const Kernels* kernels;
+  std::vector<std::string> needs;
+};
+
+// A new instruction set is one line here and one file beside this one. Better ones come later.
+const std::vector<Entry>& table() {
+  static const std::vector<Entry> entries = {
+      {&kScalar, {}},
+#if defined(__x86_64__)
+      {&kAvx2, {"avx2", "fma", "f16c"}},
+      {&kAvx512, {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"}},
+#endif
+  };
+  return entries;
+}
+
+std::vector<const Kernels*> available() {
+  const auto present = features();
+  std::vector<const Kernels*> out;
+  for (const Entry& entry : table()) {
+    bool runs = true;
+    for (const std::string& need : entry.needs) {
+      bool found = false;
+      for (const auto& [name, has] : present) found |= has && name == need;
+      runs &= found;
+    }
+    if (runs) out.push_back(entry.kernels);
+  }
+  return out;
+}
+
+const Kernels* find(const std::string& name) {
+  std::string known;
+  for (const Kernels* kernels : available()) {
+    if (name == kernels->name) return kernels;
+    known += std::string(known.empty() ? "" : ", ") + kernels->name;
+  }
+  throw std::invalid_argument("dts_fast: CPU instruction set '" + name + "' is unknown or cannot run here; expected " +
+                              known + ".");
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> kernels = [] {
+    const char* asked = std::getenv("DTS_FAST_CPU_ISA");
+    return asked && *asked ? find(asked) : available().back();
+  }();
+  return kernels;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : available()) names.emplace_back(kernels->name);
+  return names;
+}
+
+const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+
+void set_isa(const std::string& name) { current().store(find(name)); }
 
 }  // namespace dts_fast::cpu
