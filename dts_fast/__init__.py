@@ -14,10 +14,13 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .adapter_file import Adapter, load_adapter, save_adapter
-    from .codes import CodedMatrix, CodedVector, LowRankDelta
-    from .compress import CompressReport, DTSConfig, compress
+    from .characteristic import read_characteristic
+    from .codes import CodedMatrix, CodedVector, DeltaSum, LowRankDelta
+    from .compress import CompressReport, compress
+    from .config import DTSConfig
     from .errors import DTSError
     from .fit import fit, fit_vector
+    from .fuse import fuse, nearest
     from .model import DTSModel
     from .nn import DTSEmbedding, DTSLinear, DTSModule
     from .routing import route
@@ -27,17 +30,21 @@ _HOME = {
     "CodedMatrix": "codes",
     "CodedVector": "codes",
     "CompressReport": "compress",
-    "DTSConfig": "compress",
+    "DTSConfig": "config",
     "DTSEmbedding": "nn",
     "DTSError": "errors",
     "DTSLinear": "nn",
     "DTSModel": "model",
     "DTSModule": "nn",
+    "DeltaSum": "codes",
     "LowRankDelta": "codes",
     "compress": "compress",
     "fit": "fit",
     "fit_vector": "fit",
+    "fuse": "fuse",
     "load_adapter": "adapter_file",
+    "nearest": "fuse",
+    "read_characteristic": "characteristic",
     "route": "routing",
     "save_adapter": "adapter_file",
 }
@@ -45,24 +52,15 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]
 
 
+def _function(name: str) -> property:
+    """A function whose module has the same name: importing that would put the module in its place."""
+    return property(lambda self: getattr(import_module(f"{__name__}.{name}"), name), lambda self, module: None)
+
+
 class _Package(ModuleType):
-    """Keeps two functions apart from the modules of the same name, which importing those would put in their place."""
-
-    @property
-    def compress(self):
-        return import_module(f"{__name__}.compress").compress
-
-    @compress.setter
-    def compress(self, module: ModuleType) -> None:
-        pass
-
-    @property
-    def fit(self):
-        return import_module(f"{__name__}.fit").fit
-
-    @fit.setter
-    def fit(self, module: ModuleType) -> None:
-        pass
+    compress = _function("compress")
+    fit = _function("fit")
+    fuse = _function("fuse")
 
 
 sys.modules[__name__].__class__ = _Package

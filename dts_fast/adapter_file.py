@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .atomic import staged_directory
 from .checkpoint import fetch_from_hub
-from .codes import CodedMatrix, CodedVector, LowRankDelta, matrix_shape, packed_size
+from .codes import CodedMatrix, CodedVector, Delta, DeltaSum, LowRankDelta, matrix_shape, packed_size, terms_of
 from .errors import AdapterFormatError, DTSError
 
 FORMAT_VERSION = 1
@@ -46,7 +47,10 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
 }
 
-Parameter = LowRankDelta | CodedVector | Tensor
+Parameter = Delta | Tensor
+
+# The second, third, ... term of a delta that is a sum.
+_FURTHER_TERM = re.compile(r"(.+)\+[1-9][0-9]*")
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Adapter:
     parameters: Mapping[str, Parameter]
 
     @property
-    def deltas(self) -> dict[str, LowRankDelta | CodedVector]:
+    def deltas(self) -> dict[str, Delta]:
         """The parameters that are deltas of the base's, without those stored whole."""
         return {name: p for name, p in self.parameters.items() if not isinstance(p, Tensor)}
 
@@ -74,6 +78,11 @@ class Adapter:
 
 def tensors_of(name: str, parameter: Parameter) -> dict[str, Tensor]:
     """The file's tensors for one parameter."""
+    if isinstance(parameter, DeltaSum):
+        tensors = {}
+        for number, term in enumerate(parameter.terms):
+            tensors |= tensors_of(f"{name}+{number}" if number else name, term)
+        return tensors
     if isinstance(parameter, LowRankDelta):
         u, v = parameter.u, parameter.v
         parts = dict(zip(_MATRIX_PARTS, (u.codes, u.levels, parameter.s, v.codes, v.levels), strict=True))
@@ -94,6 +103,8 @@ def save_adapter(path: str | Path, adapter: Adapter, card: str, *, overwrite: bo
     for name, parameter in adapter.parameters.items():
         if isinstance(parameter, Tensor) and name.rpartition(".")[2] in {*_MATRIX_PARTS, *_VECTOR_PARTS} - {"s"}:
             raise DTSError(f"{name!r} cannot be stored whole: the format reserves names that end so for codes.")
+        if _FURTHER_TERM.fullmatch(name):
+            raise DTSError(f"{name!r} cannot be stored: the format reserves names that end so for terms of a sum.")
         tensors.update(tensors_of(name, parameter))
     weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=_METADATA)
     config = finish_config(adapter, hashlib.sha256(weights).hexdigest())
@@ -108,7 +119,7 @@ def finish_config(adapter: Adapter, weights_sha256: str) -> dict[str, object]:
     shapes = {
         name: list(parameter.shape)
         for name, parameter in adapter.deltas.items()
-        if tuple(parameter.shape) != _shape_from_codes(parameter)
+        if tuple(parameter.shape) != _shape_from_codes(terms_of(parameter)[0])
     }
     fixed = {"peft_type": PEFT_TYPE, "format_version": FORMAT_VERSION, "inference_mode": True, "task_type": None}
     return {**adapter.config, **fixed, "shapes": shapes, "weights_sha256": weights_sha256}
@@ -175,7 +186,8 @@ def load_adapter(path: str | Path, *, verify_checksum: bool = True) -> Adapter:
             layout = _check_headers(weights, headers, config["shapes"])
             if verify_checksum:
                 _check_checksum(weights, str(config["weights_sha256"]))
-            parameters = {name: _read(handle, name, kind, shape) for name, (kind, shape) in sorted(layout.items())}
+            read = {name: _read(handle, name, kind, shape) for name, (kind, shape) in sorted(layout.items())}
+            parameters = _with_sums(weights, read)
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(
             f"{weights}: damaged ({error}). It may be truncated; copy or download the adapter again."
@@ -238,8 +250,10 @@ def read_config(folder: Path) -> dict[str, object]:
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise AdapterFormatError(f"{file}: expected {key!r} of type {kind.__name__}, got {config.get(key)!r}.")
-    if config["base_nbytes"] <= 0 or not all(isinstance(error, (int, float)) for error in config["errors"]):
-        raise AdapterFormatError(f"{file}: expected 'base_nbytes' above 0 and 'errors' a list of numbers.")
+    if config["base_nbytes"] <= 0 or not all(
+        error is None or isinstance(error, (int, float)) for error in config["errors"]
+    ):
+        raise AdapterFormatError(f"{file}: expected 'base_nbytes' above 0 and 'errors' a list of numbers or nulls.")
     return config
 
 
@@ -252,7 +266,7 @@ def _check_headers(
         parameter name to ("matrix" | "vector" | "whole", the parameter's shape).
     """
     layout: dict[str, tuple[str, tuple[int, ...] | None]] = {}
-    remaining = set(headers)
+    remaining, declared = set(headers), shapes
 
     def take(name: str, part: str, dtype: str, rank: int) -> tuple[int, ...]:
         full = f"{name}.{part}"
@@ -266,8 +280,12 @@ def _check_headers(
         remaining.discard(full)
         return shape
 
-    for full in sorted(headers):
+    # The first term of a sum declares the shape, and comes first in this order.
+    for full in sorted(headers, key=lambda full: (_FURTHER_TERM.fullmatch(full.rpartition(".")[0]) is not None, full)):
         name, _, part = full.rpartition(".")
+        first = _FURTHER_TERM.fullmatch(name)
+        if first and part in ("u_codes", "codes") and first[1] in layout:
+            shapes = {**shapes, name: list(layout[first[1]][1] or ())}
         if part == "u_codes":
             u, v = take(name, "u_codes", "U8", 2), take(name, "v_codes", "U8", 2)
             s = take(name, "s", "F32", 1)
@@ -299,7 +317,7 @@ def _check_headers(
         if full in layout:
             raise AdapterFormatError(f"{file}: parameter {full!r} is stored both whole and as a delta.")
         layout[full] = ("whole", None)
-    unknown = sorted(set(shapes) - set(layout))
+    unknown = sorted(set(declared) - set(layout))
     if unknown:
         raise AdapterFormatError(f"{file}: the config gives a shape for {unknown[0]!r}, which is not in the file.")
     return layout
@@ -326,6 +344,25 @@ def _read(handle: safe_open, name: str, kind: str, shape: tuple[int, ...] | None
     u = CodedMatrix(parts["u_codes"], parts["u_levels"], n)
     v = CodedMatrix(parts["v_codes"], parts["v_levels"], k)
     return LowRankDelta(u, parts["s"], v, shape)
+
+
+def _with_sums(file: Path, parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """Terms ``P``, ``P+1``, ``P+2``, ... of a parameter P, together."""
+    grouped: dict[str, list[Parameter]] = {}
+    for name, parameter in parameters.items():
+        if _FURTHER_TERM.fullmatch(name) is None:
+            terms = [parameter]
+            while (term := parameters.get(f"{name}+{len(terms)}")) is not None:
+                terms.append(term)
+            if len({type(term) for term in terms}) > 1 or (len(terms) > 1 and isinstance(parameter, Tensor)):
+                raise AdapterFormatError(f"{file}: the terms of {name!r} are of different kinds, or whole tensors.")
+            grouped[name] = terms
+    known = sum(map(len, grouped.values()))
+    if known != len(parameters):
+        expected = {f"{name}+{i}" if i else name for name, terms in grouped.items() for i in range(len(terms))}
+        stray = sorted(set(parameters) - expected)[0]
+        raise AdapterFormatError(f"{file}: {stray!r} continues a sum whose earlier terms are missing.")
+    return {name: DeltaSum(tuple(terms)) if len(terms) > 1 else terms[0] for name, terms in grouped.items()}
 
 
 def _check_checksum(file: Path, expected: str) -> None:

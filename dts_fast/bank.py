@@ -7,6 +7,8 @@ and evicting write in place: the tensors that kernels, compiled graphs and CUDA 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -147,7 +149,7 @@ class Bank(nn.Module):
             CapacityError: a bank of fixed capacity has too few pages; nothing was changed.
         """
         count = pages.shape[0]
-        self._make_room(count, reusable=int((self.slot_pages[slot] >= 0).sum()))
+        self._make_room(count, reusable=len(self._only_in(slot)))
         self.evict(slot)
         taken = [self._free.pop(0) for _ in range(count)]
         if count:
@@ -157,14 +159,42 @@ class Bank(nn.Module):
             self.slot_pages[slot, :count] = torch.tensor(taken, dtype=torch.int32)
 
     @torch.inference_mode(False)
-    def evict(self, slot: int) -> None:
-        """Empty a slot and free its pages."""
-        listed = self.slot_pages[slot].tolist()
-        self.slot_pages[slot] = -1
-        self._free = sorted(self._free + [page for page in listed if page >= 0])
+    def share(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
+        """Let a slot list the pages of other slots, each with that slot's weight times one of the mixture's: an exact
+        sum that costs no pages. The pages stay as long as any slot lists them.
 
-    def _make_room(self, count: int, reusable: int) -> None:
-        """Grow what may grow until ``count`` pages fit; ``reusable`` ones are about to be freed.
+        Args:
+            slot: an empty slot.
+            members: (slot, weight) of each.
+
+        Raises:
+            CapacityError: the list is longer than what a slot of a bank of fixed capacity may list.
+        """
+        pages, weights = [], []
+        for member, weight in members:
+            listed = self.slot_pages[member]
+            pages.append(listed[listed >= 0])
+            weights.append(self.slot_weights[member][listed >= 0] * weight)
+        pages, weights = torch.cat(pages), torch.cat(weights)
+        self._make_room(len(pages), new=0)
+        self.slot_weights[slot, : len(pages)] = weights
+        self.slot_pages[slot, : len(pages)] = pages
+
+    @torch.inference_mode(False)
+    def evict(self, slot: int) -> None:
+        """Empty a slot and free the pages that no other slot shares."""
+        freed = self._only_in(slot)
+        self.slot_pages[slot] = -1
+        self._free = sorted(self._free + freed)
+
+    def _only_in(self, slot: int) -> list[int]:
+        """The pages that this slot lists and no other does."""
+        others = torch.cat([self.slot_pages[:slot], self.slot_pages[slot + 1 :]])
+        return sorted({page for page in self.slot_pages[slot].tolist() if page >= 0} - set(others.flatten().tolist()))
+
+    def _make_room(self, count: int, new: int | None = None, reusable: int = 0) -> None:
+        """Grow what may grow until a slot can list ``count`` pages, of which ``new`` (all if None) must be free or are
+        among the ``reusable`` ones about to be freed.
 
         Raises:
             CapacityError: what is fixed is too small.
@@ -172,17 +202,18 @@ class Bank(nn.Module):
         length, free = self.slot_pages.shape[1], len(self._free) + reusable
         if count > length and self.fixed_pages_per_slot:
             raise CapacityError(f"the adapter takes {count} pages, a slot of this bank lists at most {length}.")
-        if count > free and self.fixed_pages:
+        new = count if new is None else new
+        if new > free and self.fixed_pages:
             raise CapacityError(
-                f"the adapter takes {count} pages, {free} of {self.pages.shape[0]} are free; delete an "
+                f"the adapter takes {new} pages, {free} of {self.pages.shape[0]} are free; delete an "
                 "adapter first, or give the bank more pages."
             )
         if count > length:
             self.slot_pages = nn.functional.pad(self.slot_pages, (0, count - length), value=-1)
             self.slot_weights = nn.functional.pad(self.slot_weights, (0, count - length))
-        if count > free:
+        if new > free:
             old = self.pages.shape[0]
-            grown = self.pages.new_zeros(old + count - free, self.pages.shape[1])
+            grown = self.pages.new_zeros(old + new - free, self.pages.shape[1])
             grown[:old] = self.pages
             self._free += range(old, grown.shape[0])
             self.pages = grown

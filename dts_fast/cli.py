@@ -63,12 +63,21 @@ def main() -> None:
     "--embeddings", type=click.Choice(["low-rank", "skip", "full"]), default="low-rank", show_default=True,
     help="Compress embedding tables, leave them the base's, or store them whole.",
 )  # fmt: skip
+@click.option(
+    "--rank-multiple",
+    type=int,
+    default=0,
+    metavar="R",
+    help="Ranks are multiples of R; by default whole pages of 16 where the budget is large enough.",
+)
+@click.option("--characteristic", metavar="X", help="What the task is like: a vector file, or a description.")
+@click.option("--encoder", metavar="E", help="Sentence encoder for a description (extra: text).")
 @click.option("--device", default="cpu", show_default=True, help="Where to fit.")
 @click.option("--overwrite", is_flag=True, help="Replace an adapter that stands at the target.")
 def compress(base_model, model, out_path, overwrite, **settings) -> None:
     """Compress a fine-tune F of a base B to an adapter D."""
-    from .compress import DTSConfig
     from .compress import compress as run
+    from .config import DTSConfig
 
     with _progress() as progress:
         report = run(base_model, model, out_path, DTSConfig(**settings), overwrite=overwrite, progress=progress)
@@ -155,6 +164,43 @@ def average(models, out_path, overwrite) -> None:
 
 
 @main.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="D1 D2 ...")
+@click.option("--weights", metavar="W1,W2,...", help="One weight for each adapter.")
+@click.option(
+    "--characteristic", metavar="X", help="Weights from the similarity to this task: vector file or description."
+)
+@click.option("--encoder", metavar="E", help="Sentence encoder for a description (extra: text).")
+@click.option("--out-path", required=True, metavar="D", help="Adapter directory to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an adapter that stands at the target.")
+def fuse(adapters, weights, characteristic, encoder, out_path, overwrite) -> None:
+    """Mix adapters D1 D2 ... of one base into one, for a task that none of them was made for."""
+    from .characteristic import read_characteristic
+    from .fuse import fuse as run
+
+    try:
+        given = None if weights is None else [float(weight) for weight in weights.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"expected numbers such as 0.3,0.7, got {weights!r}", param_hint="--weights") from None
+    vector = None if characteristic is None else read_characteristic(characteristic, encoder)
+    chosen = run(adapters, out_path, given, characteristic=vector, overwrite=overwrite)
+    click.echo(f"{out_path}: " + ", ".join(f"{weight:.4g} x {name}" for name, weight in chosen.items()))
+
+
+@main.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="D1 D2 ...")
+@click.option("--characteristic", required=True, metavar="X", help="The task: a vector file or a description.")
+@click.option("--encoder", metavar="E", help="Sentence encoder for a description (extra: text).")
+def select(adapters, characteristic, encoder) -> None:
+    """Print which of the adapters D1 D2 ... was made for the nearest task."""
+    from .characteristic import read_characteristic
+    from .fuse import nearest
+
+    name, similarity = nearest(adapters, read_characteristic(characteristic, encoder))
+    click.echo(name)
+    click.echo(f"cosine similarity {similarity:.4f}", err=True)
+
+
+@main.command()
 @click.option("--out", default="demo_out", show_default=True, help="Folder for models, adapters, table and plot.")
 @click.option("--steps", type=int, help="Training steps of the base model; fewer are faster and worse.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -184,7 +230,9 @@ def _print_parameters(parameters) -> None:
         table.add_column(column, justify="right")
     for p in parameters:
         shape = "x".join(map(str, p.shape))
-        table.add_row(p.name, p.kind, shape, str(p.rank or ""), f"{p.nbytes:,}", f"{p.error:.4f}")
+        table.add_row(
+            p.name, p.kind, shape, str(p.rank or ""), f"{p.nbytes:,}", "" if p.error is None else f"{p.error:.4f}"
+        )
     # Piped output is read by programs: it is not folded to the width of a terminal that is not there.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 

@@ -174,6 +174,71 @@ class LowRankDelta:
         return LowRankDelta(u=self.v, s=self.s, v=self.u, shape=(self.v.n, self.u.n))
 
 
+@dataclass(frozen=True, eq=False)
+class DeltaSum:
+    """The delta of one parameter as a sum: a mixture of adapters, each with codes and levels of its own.
+
+    Concatenated components in one `LowRankDelta` could not hold it, because a factor has one set of levels.
+
+    Attributes:
+        terms: one or more, all `LowRankDelta` or all `CodedVector`, of one shape.
+    """
+
+    terms: tuple[LowRankDelta, ...] | tuple[CodedVector, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.terms[0].shape
+
+    @property
+    def rank(self) -> int:
+        """Components of all terms; 0 for vectors."""
+        return sum(term.rank for term in self.terms if isinstance(term, LowRankDelta))
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(term.nbytes for term in self.terms)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The delta in the parameter's shape and ``dtype``."""
+        if not is_matrix(self):
+            return sum(term.dequantize(dtype) for term in self.terms)
+        # All components side by side: one product, where each term's own would write the whole matrix.
+        u = torch.cat([term.u.dequantize(dtype) * term.s.to(dtype) for term in self.terms], 1)
+        v = torch.cat([term.v.dequantize(dtype) for term in self.terms], 1)
+        return (u @ v.t()).reshape(self.shape)
+
+    def transpose(self) -> DeltaSum:
+        """The delta of the transposed matrix; nothing is copied."""
+        return DeltaSum(tuple(term.transpose() for term in self.terms))
+
+
+Delta = LowRankDelta | CodedVector | DeltaSum
+
+
+def terms_of(delta: Delta) -> tuple[LowRankDelta, ...] | tuple[CodedVector, ...]:
+    """The summands of a delta; itself where it is not a sum."""
+    return delta.terms if isinstance(delta, DeltaSum) else (delta,)
+
+
+def is_matrix(delta: Delta) -> bool:
+    """Whether a delta (or each of its terms) is a `LowRankDelta`."""
+    return isinstance(terms_of(delta)[0], LowRankDelta)
+
+
+def scaled(delta: Delta, weight: float) -> Delta:
+    """``weight`` times a delta: the weight goes to the scales, or to the levels of a vector; codes are shared."""
+    if isinstance(delta, DeltaSum):
+        return DeltaSum(tuple(scaled(term, weight) for term in delta.terms))
+    if isinstance(delta, LowRankDelta):
+        return LowRankDelta(delta.u, delta.s * weight, delta.v, delta.shape)
+    return CodedVector(delta.codes, delta.levels * weight, delta.shape)
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
     """How a parameter is seen as a matrix ``[N, K]``; None where it has no matrix structure.
 
@@ -258,8 +323,11 @@ def num_pages(rank: int) -> int:
     return -(-rank // PAGE_RANKS)
 
 
-def to_pages(delta: LowRankDelta) -> Tensor:
-    """Lay a delta out in rank pages: uint8 ``[ceil(r / 16), PageLayout(N, K).nbytes]``, zero where unused."""
+def to_pages(delta: LowRankDelta | DeltaSum) -> Tensor:
+    """Lay a delta out in rank pages: uint8 ``[P, PageLayout(N, K).nbytes]``, zero where unused; ``ceil(r / 16)`` pages
+    for each term, because a page has one set of levels."""
+    if isinstance(delta, DeltaSum):
+        return torch.cat([to_pages(term) for term in delta.terms])
     layout = PageLayout(delta.u.n, delta.v.n)
     pages = torch.zeros(num_pages(delta.rank), layout.nbytes, dtype=torch.uint8, device=delta.s.device)
     layout.u_levels(pages)[:] = delta.u.levels
@@ -271,6 +339,28 @@ def to_pages(delta: LowRankDelta) -> Tensor:
         layout.v_codes(pages)[page, :count, : delta.v.codes.shape[1]] = delta.v.codes[ranks]
         layout.u_codes(pages)[page, :count, : delta.u.codes.shape[1]] = delta.u.codes[ranks]
     return pages
+
+
+def from_pages(layout: PageLayout, pages: Tensor, weights: Tensor) -> DeltaSum:
+    """The delta that weighted pages hold, 16 ranks a term; codes are copied, padding ranks included (their scale is 0).
+
+    Args:
+        pages: uint8 ``[P, nbytes]``, P at least 1.
+        weights: float32 ``[P]``.
+    """
+    u_codes, v_codes = layout.u_codes(pages), layout.v_codes(pages)
+    u_levels, v_levels = layout.u_levels(pages), layout.v_levels(pages)
+    return DeltaSum(
+        tuple(
+            LowRankDelta(
+                CodedMatrix(u_codes[page, :, : packed_size(layout.n)].clone(), u_levels[page].clone(), layout.n),
+                layout.s(pages)[page] * weights[page],
+                CodedMatrix(v_codes[page, :, : packed_size(layout.k)].clone(), v_levels[page].clone(), layout.k),
+                (layout.n, layout.k),
+            )
+            for page in range(pages.shape[0])
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -296,13 +386,22 @@ class VectorPageLayout:
         return pages[:, self.CODES_OFFSET : self.CODES_OFFSET + packed_size(self.n)]
 
 
-def to_vector_page(vector: CodedVector) -> Tensor:
-    """uint8 ``[1, VectorPageLayout(numel).nbytes]``."""
+def to_vector_pages(vector: CodedVector | DeltaSum) -> Tensor:
+    """uint8 ``[P, VectorPageLayout(numel).nbytes]``, a page for each term."""
+    if isinstance(vector, DeltaSum):
+        return torch.cat([to_vector_pages(term) for term in vector.terms])
     layout = VectorPageLayout(vector.numel)
     page = torch.zeros(1, layout.nbytes, dtype=torch.uint8, device=vector.codes.device)
     layout.levels(page)[:] = vector.levels
     layout.codes(page)[:] = vector.codes
     return page
+
+
+def from_vector_pages(layout: VectorPageLayout, pages: Tensor, weights: Tensor, shape: tuple[int, ...]) -> DeltaSum:
+    """Like `from_pages`, for vectors: uint8 ``pages [P, nbytes]``, float32 ``weights [P]``."""
+    codes, levels = layout.codes(pages), layout.levels(pages)
+    terms = (CodedVector(codes[i].clone(), levels[i] * weights[i], shape) for i in range(pages.shape[0]))
+    return DeltaSum(tuple(terms))
 
 
 def _round_up(value: int, multiple: int) -> int:

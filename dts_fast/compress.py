@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,90 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import adapter_file
-from .adapter_file import Adapter, Parameter
+from .adapter_file import CONFIG_NAME, Parameter, directory_size, save_adapter
 from .atomic import check_target
-from .card import render_card
-from .checkpoint import Checkpoint, Pairing, is_embedding, pair_tensors
-from .codes import CodedMatrix, CodedVector, LowRankDelta, matrix_shape, packed_size
+from .characteristic import encode_characteristic, read_characteristic
+from .checkpoint import Checkpoint
+from .codes import CodedMatrix, LowRankDelta
+from .config import DTSConfig
 from .decompose import singular_values
-from .errors import DTSError
-from .fingerprint import largest_fingerprint, take_fingerprint
-from .fit import METHODS, checked, fit, fit_vector, relative_error
-from .rank import (
-    Ranks,
-    rank_by_energy,
-    ranks_by_density,
-    ranks_by_spectral_budget,
-    ranks_by_uniform_budget,
-    uniform_ranks,
-)
+from .fingerprint import take_fingerprint
+from .fit import checked, fit, fit_vector, relative_error
+from .journal import Journal
+from .plan import Plan, assemble, choose_ranks, make_plan
 from .version import __version__
 
 Progress = Callable[[str, int, int], None]
-
-EMBEDDING_CHOICES = ("low-rank", "skip", "full")
-
-
-@dataclass(frozen=True)
-class DTSConfig:
-    """How to compress. Exactly one of ``budget``, ``density``, ``rank`` and ``energy``; a budget of 1 % if none is
-    given.
-
-    Attributes:
-        budget: bytes of the adapter's files over bytes of the base checkpoint as stored; the files obey it. With the
-            method ``"paper"`` every matrix gets the same density, else ranks go where they buy most
-            (`rank.ranks_by_spectral_budget`).
-        density: rank of a matrix over ``min(N, K)``, truncated to an integer (paper).
-        rank: rank of every matrix.
-        energy: share of each delta's squared Frobenius norm that its rank must hold.
-        method: how factors are fitted, see `fit.fit`.
-        include, exclude: regular expressions on parameter names.
-        whole: regular expression of parameters stored whole, not as a delta.
-        embeddings: token, position and type tables ``"low-rank"`` like any matrix, ``"skip"`` (stay the base's), or
-            ``"full"`` (stored whole).
-        reference: checkpoint whose weights the deltas are taken from and added to, in place of the base (the
-            paper's DTS-D: a merged model).
-        device: where deltas are fitted.
-    """
-
-    budget: float | None = None
-    density: float | None = None
-    rank: int | None = None
-    energy: float | None = None
-    method: str = "refined"
-    include: str | None = None
-    exclude: str | None = None
-    whole: str | None = None
-    embeddings: str = "low-rank"
-    reference: str | None = None
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("budget", "density", "rank", "energy") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise DTSError(f"give one of budget, density, rank and energy, not {' and '.join(given)}.")
-        if not given:
-            object.__setattr__(self, "budget", 0.01)
-        for name in ("budget", "density", "energy"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise DTSError(f"{name} must lie above 0 and up to 1 (1 % is 0.01), got {value}.")
-        if self.rank is not None and self.rank < 0:
-            raise DTSError(f"rank must not be negative, got {self.rank}.")
-        if self.method not in METHODS:
-            raise DTSError(f"unknown method {self.method!r}; known: {', '.join(sorted(METHODS))}.")
-        for name in ("include", "exclude", "whole"):
-            try:
-                re.compile(getattr(self, name) or "")
-            except re.error as error:
-                raise DTSError(f"{name} is not a regular expression ({error}): {getattr(self, name)!r}.") from error
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise DTSError(f"device {self.device!r} cannot be used here ({error}).") from error
-        if self.embeddings not in EMBEDDING_CHOICES:
-            raise DTSError(f"embeddings must be one of {', '.join(EMBEDDING_CHOICES)}, got {self.embeddings!r}.")
 
 
 @dataclass(frozen=True)
@@ -141,168 +70,94 @@ def compress(
     """
     config = config or DTSConfig()
     out_path = Path(out_path)
-    check_target(out_path, overwrite=overwrite, marker=adapter_file.CONFIG_NAME)
+    check_target(out_path, overwrite=overwrite, marker=CONFIG_NAME)
     base, fine_tune = Checkpoint.open(config.reference or base_model), Checkpoint.open(model)
     base_nbytes = base.nbytes if config.reference is None else Checkpoint.open(base_model).nbytes
-    plan = _make_plan(base, fine_tune, config)
+    plan = make_plan(base, fine_tune, config)
     described = _describe(config, base, base_model, base_nbytes, fine_tune, plan.tied)
-    ranks = _choose_ranks(out_path.name, described, plan, config, base, fine_tune)
-
-    parameters: dict[str, Parameter] = {}
-    errors: dict[str, float] = {}
-    skipped = dict(plan.skipped)
-    names = sorted(plan.matrices.keys() | plan.vectors | plan.whole.keys())
-    for done, name in enumerate(names):
-        if progress is not None:
-            progress(name, done, len(names))
-        if name in plan.whole:
-            checked(whole := fine_tune.get(plan.whole[name]), name)
-            parameters[name] = whole
-            errors[name] = 0.0
-            continue
-        before, after = base.get(name), fine_tune.get(plan.pairs[name])
-        delta = _difference(after, before, config.device)
-        if not bool((delta != 0).any()):  # NaN differs from 0: it is refused below, not skipped
-            skipped[name] = "unchanged"
-        elif name in plan.vectors:
-            parameters[name] = fit_vector(delta, name=name)
-        elif ranks[name] == 0:
-            checked(delta, name)  # NaN and Inf are refused in these as well
-            skipped[name] = "rank 0"
-        else:
-            parameters[name] = fit(delta, ranks[name], method=config.method, name=name)
-        if name in parameters:
-            errors[name] = round(relative_error(delta, parameters[name]), 4)
-    if progress is not None:
-        progress("writing", len(names), len(names))
-
-    fingerprint = take_fingerprint(base.get, [n for n, p in parameters.items() if not isinstance(p, Tensor)])
-    adapter, card = _assemble(out_path.name, described, parameters, errors, fingerprint)
-    adapter_file.save_adapter(out_path, adapter, card, overwrite=overwrite)
-    return CompressReport(out_path, adapter_file.directory_size(out_path), base_nbytes, skipped)
-
-
-def _assemble(
-    name: str,
-    described: Mapping[str, object],
-    parameters: Mapping[str, Parameter],
-    errors: Mapping[str, float],
-    fingerprint: str,
-) -> tuple[Adapter, str]:
-    """The adapter and its card, parameters in the order of their names."""
-    names = sorted(parameters)
-    config = {**described, "base_fingerprint": fingerprint, "errors": [errors[n] for n in names]}
-    rows = []
-    for n in names:
-        parameter = parameters[n]
-        rank = parameter.rank if isinstance(parameter, LowRankDelta) else 0
-        rows.append((n, "x".join(map(str, parameter.shape)), rank, parameter.nbytes, errors[n]))
-    return Adapter(config, {n: parameters[n] for n in names}), render_card(name, config, rows)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What becomes of every tensor: deltas as matrices or vectors, or stored whole."""
-
-    pairs: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-    matrices: Mapping[str, tuple[int, int]]
-    vectors: frozenset[str]
-    whole: Mapping[str, str]
-    whole_info: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-    tied: Mapping[str, str]
-    skipped: Mapping[str, str]
-
-
-def _make_plan(base: Checkpoint, fine_tune: Checkpoint, config: DTSConfig) -> _Plan:
-    pairing: Pairing = pair_tensors(base, fine_tune, include=config.include, exclude=config.exclude, whole=config.whole)
-    matrices, vectors, whole, skipped = {}, set(), dict(pairing.added), dict(pairing.skipped)
-    for name in pairing.pairs:
-        shape = base.tensors[name].shape
-        as_matrix = matrix_shape(shape)
-        if is_embedding(name, shape) and config.embeddings != "low-rank":
-            if config.embeddings == "skip":
-                skipped[name] = "embedding"
+    if config.characteristic is not None:
+        described["characteristic"] = encode_characteristic(read_characteristic(config.characteristic, config.encoder))
+    with Journal(out_path, _journal_key(config, base, fine_tune)) as journal:
+        work = _Work(base, fine_tune, plan, config, journal)
+        ranks = choose_ranks(out_path.name, described, plan, config, work.matrix, work.spectrum)
+        parameters: dict[str, Parameter] = {}
+        errors: dict[str, float] = {}
+        skipped = dict(plan.skipped)
+        names = sorted(plan.matrices.keys() | plan.vectors | plan.whole.keys())
+        for done, name in enumerate(names):
+            if progress is not None:
+                progress(name, done, len(names))
+            found = work.fitted(name, ranks.get(name, 0))
+            if isinstance(found, str):
+                skipped[name] = found
             else:
-                whole[name] = pairing.pairs[name]
-        elif as_matrix is None or min(as_matrix) == 1:
-            vectors.add(name)
-        else:
-            matrices[name] = as_matrix
-    shapes = {name: base.tensors[name].shape for name in pairing.pairs}
-    info = {name: (fine_tune.tensors[n].dtype, fine_tune.tensors[n].shape) for name, n in whole.items()}
-    return _Plan(pairing.pairs, shapes, matrices, frozenset(vectors), whole, info, pairing.tied, skipped)
+                parameters[name], errors[name] = found
+        if progress is not None:
+            progress("writing", len(names), len(names))
+        fingerprint = take_fingerprint(base.get, [n for n, p in parameters.items() if not isinstance(p, Tensor)])
+        adapter, card = assemble(out_path.name, described, parameters, errors, fingerprint)
+        save_adapter(out_path, adapter, card, overwrite=overwrite)
+    return CompressReport(out_path, directory_size(out_path), base_nbytes, skipped)
 
 
-def _sketch(plan: _Plan, ranks: Ranks) -> dict[str, Parameter]:
-    """The parameters an adapter of these ranks would hold, with shapes and dtypes but no data."""
+class _Work:
+    """The steps that take time, each parameter by itself; what a journal has is not done again."""
 
-    def codes(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.uint8, device="meta")
+    def __init__(
+        self, base: Checkpoint, fine_tune: Checkpoint, plan: Plan, config: DTSConfig, journal: Journal
+    ) -> None:
+        self.base, self.fine_tune, self.plan, self.config, self.journal = base, fine_tune, plan, config, journal
 
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device="meta")
+    def delta(self, name: str) -> Tensor:
+        """Fine-tune minus base, float32 (float64 where either is float64), on the device where it is fitted."""
+        before, after = self.base.get(name), self.fine_tune.get(self.plan.pairs[name])
+        dtype = torch.float64 if torch.float64 in (after.dtype, before.dtype) else torch.float32
+        return after.to(self.config.device, dtype) - before.to(self.config.device, dtype)
 
-    sketch: dict[str, Parameter] = {}
-    for name, (dtype, shape) in plan.whole_info.items():
-        sketch[name] = torch.empty(shape, dtype=dtype, device="meta")
-    for name in plan.vectors:
-        shape = plan.shapes[name]
-        sketch[name] = CodedVector(codes(packed_size(torch.Size(shape).numel())), floats(4), shape)
-    for name, (n, k) in plan.matrices.items():
-        r = ranks[name]
-        if r > 0:
-            u, v = (CodedMatrix(codes(r, packed_size(size)), floats(4), size) for size in (n, k))
-            sketch[name] = LowRankDelta(u, floats(r), v, plan.shapes[name])
-    return sketch
+    def matrix(self, name: str) -> Tensor:
+        return checked(self.delta(name), name).reshape(self.plan.matrices[name])
 
+    def spectrum(self, name: str, count: int) -> Tensor:
+        """The ``count`` largest singular values of a delta, on the CPU."""
+        known = self.journal.get("spectrum", name)
+        if known is None or len(known["s"]) < count:
+            known = {"s": singular_values(self.matrix(name), count).cpu()}
+            self.journal.put("spectrum", name, known)
+        return known["s"][:count]
 
-def _choose_ranks(
-    name: str,
-    described: Mapping[str, object],
-    plan: _Plan,
-    config: DTSConfig,
-    base: Checkpoint,
-    fine_tune: Checkpoint,
-) -> Ranks:
-    if config.density is not None:
-        return ranks_by_density(plan.matrices, config.density)
-    if config.rank is not None:
-        return uniform_ranks(plan.matrices, config.rank)
-
-    def delta_of(parameter: str) -> Tensor:
-        return _difference(fine_tune.get(plan.pairs[parameter]), base.get(parameter), config.device)
-
-    if config.energy is not None:
-        return {n: _rank_for_energy(delta_of(n), shape, config.energy, n) for n, shape in plan.matrices.items()}
-
-    def size_of(ranks: Ranks) -> int:
-        # Never too small: every error has all its digits, and tensors that turn out unchanged are counted.
-        sketch = _sketch(plan, ranks)
-        fingerprint = "A" * largest_fingerprint(sum(not isinstance(p, Tensor) for p in sketch.values()))
-        errors = dict.fromkeys(sketch, 888.8888)
-        return adapter_file.total_size(*_assemble(name, described, sketch, errors, fingerprint))
-
-    budget = int(config.budget * described["base_nbytes"])
-    uniform = ranks_by_uniform_budget(plan.matrices, budget, size_of)
-    if config.method == "paper":
-        return uniform
-    spectra = {}
-    for parameter, shape in plan.matrices.items():
-        # Few matrices deserve several times the rank that an even share would give them.
-        count = min(*shape, _SPECTRUM_FACTOR * uniform[parameter] + _SPECTRUM_EXTRA)
-        spectra[parameter] = singular_values(checked(delta_of(parameter), parameter).reshape(shape), count).cpu()
-    return ranks_by_spectral_budget(plan.matrices, spectra, budget, size_of)
+    def fitted(self, name: str, rank: int) -> tuple[Parameter, float] | str:
+        """A parameter as the adapter holds it and its relative error; or why the adapter does without."""
+        if name in self.plan.whole:
+            whole = self.fine_tune.get(self.plan.whole[name])
+            checked(whole, name)
+            return whole, 0.0
+        if name in self.plan.matrices and rank and (known := self.journal.get("fit", name)) is not None:
+            u, v = (CodedMatrix(known[f"{f}_codes"], known[f"{f}_levels"], n)
+                    for f, n in zip("uv", self.plan.matrices[name], strict=True))  # fmt: skip
+            if u.rank == rank:
+                return LowRankDelta(u, known["s"], v, self.plan.shapes[name]), float(known["error"])
+        delta = self.delta(name)
+        if not bool((delta != 0).any()):  # NaN differs from 0: it is refused below, not skipped
+            return "unchanged"
+        if name in self.plan.vectors:
+            vector = fit_vector(delta, name=name)
+            return vector, round(relative_error(delta, vector), 4)
+        if rank == 0:
+            checked(delta, name)  # NaN and Inf are refused in these as well
+            return "rank 0"
+        low_rank = fit(delta, rank, method=self.config.method, name=name)
+        error = round(relative_error(delta, low_rank), 4)
+        u, v = low_rank.u, low_rank.v
+        parts = {"u_codes": u.codes, "u_levels": u.levels, "v_codes": v.codes, "v_levels": v.levels, "s": low_rank.s}
+        self.journal.put("fit", name, parts | {"error": torch.tensor(error, dtype=torch.float64)})
+        return low_rank, error
 
 
-# How many singular values the ranking of a budget looks at: this many times the rank of an even share, and some more.
-_SPECTRUM_FACTOR = 4
-_SPECTRUM_EXTRA = 32
-
-
-def _rank_for_energy(delta: Tensor, shape: tuple[int, int], energy: float, name: str) -> int:
-    matrix = checked(delta, name).reshape(shape)
-    return rank_by_energy(singular_values(matrix, min(shape)), energy, float(matrix.double().square().sum()))
+def _journal_key(config: DTSConfig, *checkpoints: Checkpoint) -> dict[str, object]:
+    """All that the fits depend on: the settings, and the files as they are."""
+    files = sorted({info.file for checkpoint in checkpoints for info in checkpoint.tensors.values()})
+    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return {"config": asdict(config), "files": states, "version": __version__, "torch": str(torch.__version__)}
 
 
 def _describe(
@@ -314,7 +169,7 @@ def _describe(
     tied: Mapping[str, str],
 ) -> dict[str, object]:
     """The part of adapter_config.json that is known before the fit."""
-    settings = {key: value for key, value in asdict(config).items() if value is not None and key != "device"}
+    settings = {key: value for key, value in asdict(config).items() if value not in (None, 0) and key != "device"}
     # Keys that say where or by which release a config was written describe the file, not the model.
     ignored = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "model_type"}
     changed = {
@@ -330,9 +185,3 @@ def _describe(
         "model_config": json.loads(json.dumps(changed)),
         "versions": {"dts_fast": __version__, "torch": str(torch.__version__)},
     }
-
-
-def _difference(after: Tensor, before: Tensor, device: str) -> Tensor:
-    """Fine-tune minus base, float32 (float64 where either is float64)."""
-    dtype = torch.float64 if torch.float64 in (after.dtype, before.dtype) else torch.float32
-    return after.to(device, dtype) - before.to(device, dtype)

@@ -15,7 +15,8 @@ import torch
 
 from . import demo_lm
 from .adapter_file import directory_size
-from .compress import DTSConfig, compress
+from .compress import compress
+from .config import DTSConfig
 from .errors import DTSError
 from .hardware import header
 from .model import DTSModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from .errors import AdapterFormatError, BaseMismatchError
 # 512 bfloat16 samples are 1.4 kB of text in the config; a fine-tune moves weights by 1 % and more, so that even a
 # close relative of the base differs in hundreds of them.
 _MAX_SAMPLES = 512
-_MAX_PER_TENSOR = 8
+# Where samples lie, in sixteenths of a tensor, in this order: fewer samples are the first of more, so that fingerprints
+# with different numbers of parameters can be compared and merged.
+_POSITIONS = (8, 4, 12, 2, 10, 6, 14, 1)
 
 # The sample was rounded to bfloat16 (relative error 2^-9) and so may the live weight have been. Below float16's
 # normal range an absolute error of half its smallest step, 2^-25, comes on top.
@@ -33,9 +35,7 @@ def take_fingerprint(get: Callable[[str], Tensor], names: Sequence[str]) -> str:
         Base64 of bfloat16 samples, little-endian, in the order of the sorted names.
     """
     per_tensor = _samples_per_tensor(len(names))
-    samples = [sample(get(name), per_tensor) for name in sorted(names)]
-    bits = torch.cat(samples).bfloat16().view(torch.int16) if samples else torch.empty(0, dtype=torch.int16)
-    return base64.b64encode(bits.numpy().astype("<i2").tobytes()).decode("ascii")
+    return _encode([sample(get(name), per_tensor) for name in sorted(names)])
 
 
 def largest_fingerprint(parameters: int) -> int:
@@ -56,21 +56,9 @@ def check_fingerprint(fingerprint: str, parameters: Mapping[str, Tensor], base: 
         BaseMismatchError: some samples differ by more than rounding to bfloat16 or float16 explains.
         AdapterFormatError: the fingerprint has another length than the parameters imply.
     """
-    per_tensor = _samples_per_tensor(len(parameters))
-    try:
-        raw = base64.b64decode(fingerprint, validate=True)
-    except binascii.Error as error:
-        raise AdapterFormatError(f"base_fingerprint is not valid base64 ({error}).") from error
-    if len(raw) != 2 * per_tensor * len(parameters):
-        raise AdapterFormatError(
-            f"base_fingerprint holds {len(raw)} bytes; expected {2 * per_tensor * len(parameters)} for "
-            f"{len(parameters)} parameters."
-        )
-    stored = torch.frombuffer(bytearray(raw), dtype=torch.bfloat16) if raw else torch.empty(0)
-    stored = stored.double().reshape(len(parameters), per_tensor)
     differing = []
-    for row, name in zip(stored, sorted(parameters), strict=True):
-        live = sample(parameters[name], per_tensor)
+    for name, row in _samples_of(fingerprint, parameters.keys()).items():
+        live = sample(parameters[name], len(row))
         if not torch.allclose(live, row, rtol=_RELATIVE_TOLERANCE, atol=_ABSOLUTE_TOLERANCE):
             differing.append(name)
     if differing:
@@ -81,12 +69,62 @@ def check_fingerprint(fingerprint: str, parameters: Mapping[str, Tensor], base: 
         )
 
 
+def merge_fingerprints(members: Sequence[tuple[str, Collection[str]]]) -> str:
+    """The fingerprint over all parameters of several adapters of one base.
+
+    Args:
+        members: each adapter's fingerprint and the names it is of.
+
+    Raises:
+        BaseMismatchError: two of them disagree about a parameter.
+        AdapterFormatError: see `check_fingerprint`.
+    """
+    merged: dict[str, Tensor] = {}
+    for fingerprint, names in members:
+        for name, row in _samples_of(fingerprint, names).items():
+            known = merged.setdefault(name, row)
+            count = min(len(known), len(row))
+            # Both were rounded to bfloat16, perhaps after another rounding: they may be neighbours.
+            if not torch.allclose(known[:count], row[:count], rtol=2 * _RELATIVE_TOLERANCE, atol=_ABSOLUTE_TOLERANCE):
+                raise BaseMismatchError(
+                    f"the adapters were made for different bases: their fingerprints disagree about {name!r}. Expected "
+                    "adapters of one base."
+                )
+    per_tensor = _samples_per_tensor(len(merged))  # more parameters, so no more samples of each than any member has
+    return _encode([merged[name][:per_tensor] for name in sorted(merged)])
+
+
 def sample(tensor: Tensor, count: int) -> Tensor:
-    """``count`` elements at fixed positions spread evenly over a tensor, as float64 on the CPU."""
+    """``count`` elements at fixed positions spread over a tensor, as float64 on the CPU."""
     flat = tensor.detach().reshape(-1)
-    positions = torch.arange(count, device=flat.device).mul_(2).add_(1) * flat.numel() // (2 * count)
+    positions = torch.tensor(_POSITIONS[:count], device=flat.device) * flat.numel() // (2 * len(_POSITIONS))
     return flat[positions].cpu().double()
 
 
+def _encode(samples: Sequence[Tensor]) -> str:
+    bits = torch.cat(samples).bfloat16().view(torch.int16) if samples else torch.empty(0, dtype=torch.int16)
+    return base64.b64encode(bits.numpy().astype("<i2").tobytes()).decode("ascii")
+
+
+def _samples_of(fingerprint: str, names: Collection[str]) -> dict[str, Tensor]:
+    """Parameter to its samples ``[c]`` as float64.
+
+    Raises:
+        AdapterFormatError: not base64, or of another length than the number of names implies.
+    """
+    per_tensor = _samples_per_tensor(len(names))
+    try:
+        raw = base64.b64decode(fingerprint, validate=True)
+    except binascii.Error as error:
+        raise AdapterFormatError(f"base_fingerprint is not valid base64 ({error}).") from error
+    if len(raw) != 2 * per_tensor * len(names):
+        raise AdapterFormatError(
+            f"base_fingerprint holds {len(raw)} bytes; expected {2 * per_tensor * len(names)} for "
+            f"{len(names)} parameters."
+        )
+    stored = torch.frombuffer(bytearray(raw), dtype=torch.bfloat16) if raw else torch.empty(0)
+    return dict(zip(sorted(names), stored.double().reshape(len(names), per_tensor), strict=True))
+
+
 def _samples_per_tensor(tensors: int) -> int:
-    return max(1, min(_MAX_PER_TENSOR, _MAX_SAMPLES // max(tensors, 1)))
+    return max(1, min(len(_POSITIONS), _MAX_SAMPLES // max(tensors, 1)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -22,9 +22,11 @@ from .adapter_file import (
 )
 from .atomic import staged_directory
 from .bank import BASE, SlotTable
+from .characteristic import characteristic_of
 from .checkpoint import Checkpoint, common_prefix
 from .errors import BaseMismatchError, CheckpointError, DTSError
 from .fingerprint import check_fingerprint
+from .mixture import check_weights, select, similarity_weights
 from .nn import DTSModule, wrap
 from .routing import current_route, route
 
@@ -148,9 +150,70 @@ class DTSModel(nn.Module):
             UnknownAdapterError: no such adapter.
         """
         slot = self.slots.release(adapter_name)
-        del self.adapter_configs[adapter_name], self._sources[adapter_name]
+        del self.adapter_configs[adapter_name]
+        self._sources.pop(adapter_name, None)  # a mixture has none
         for wrapper in self._wrappers.values():
             wrapper.clear_slot(slot)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float] | None = None,
+        adapter_name: str = "mixture",
+        *,
+        characteristic: Tensor | None = None,
+    ) -> dict[str, float]:
+        """Add the weighted sum of loaded adapters as one more adapter (the paper's variant for unseen tasks). It is
+        exact, and takes no memory for matrices and biases: its slot lists the members' pages, and keeps them when the
+        members are deleted.
+
+        Args:
+            adapters: names of loaded adapters.
+            weights: one for each.
+            adapter_name: the new adapter's.
+            characteristic: ``[d]`` of a task, in place of weights: they become the cosine similarities to the
+                adapters' own characteristics, normalised to sum 1 (`mixture.similarity_weights`).
+
+        Returns:
+            The weights by adapter.
+
+        Raises:
+            UnknownAdapterError: an adapter is not loaded.
+            CapacityError, DTSError: no free slot, a taken name, weights that do not fit, an adapter without
+                characteristic, parameters that cannot be mixed. Nothing is added.
+        """
+        slots = {name: self.slots.slot(name) for name in adapters}
+        if (weights is None) == (characteristic is None):
+            raise DTSError("add_weighted_adapter() takes exactly one of weights and characteristic.")
+        if weights is None:
+            chosen = similarity_weights(characteristic, self._characteristics(slots))
+        else:
+            chosen = dict(zip(adapters, check_weights(adapters, weights), strict=True))
+        slot = self.slots.free_slot(adapter_name)
+        members = [(slots[name], weight) for name, weight in chosen.items() if slots[name] >= 0]
+        try:
+            for wrapper in self._wrappers.values():
+                wrapper.mix_slots(slot, members)
+        except BaseException:
+            for wrapper in self._wrappers.values():
+                wrapper.clear_slot(slot)
+            raise
+        self.slots.occupy(adapter_name, slot)
+        self.adapter_configs[adapter_name] = {"members": list(chosen.items())}
+        return chosen
+
+    def select(self, characteristic: Tensor) -> tuple[str, float]:
+        """The loaded adapter whose task is nearest to a characteristic ``[d]``, with the cosine similarity: a router
+        for users without an oracle.
+
+        Raises:
+            DTSError: no loaded adapter has a characteristic, or lengths differ.
+        """
+        with_one = [name for name, config in self.adapter_configs.items() if config.get("characteristic")]
+        return select(characteristic, self._characteristics(with_one))
+
+    def _characteristics(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: characteristic_of(self.adapter_configs.get(name, {}), name) for name in names}
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -195,7 +258,8 @@ class DTSModel(nn.Module):
         return self.model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Copy the loaded adapters to ``path/<adapter name>``; the base is not written.
+        """Copy the loaded adapters to ``path/<adapter name>``; the base is not written, nor are mixtures (`fuse` writes
+        those).
 
         Raises:
             DTSError: an adapter's files are gone from where they were loaded, or a target cannot be written.

@@ -6,7 +6,7 @@ A wrapper holds the original layer as ``base_layer`` and answers for its attribu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,22 @@ from torch.utils import _pytree as pytree
 
 from . import ops, reference
 from .bank import Bank, SlotTable
-from .codes import CodedVector, LowRankDelta, PageLayout, VectorPageLayout, to_pages, to_vector_page
+from .codes import (
+    Delta,
+    LowRankDelta,
+    PageLayout,
+    VectorPageLayout,
+    from_pages,
+    from_vector_pages,
+    is_matrix,
+    to_pages,
+    to_vector_pages,
+)
 from .errors import BaseMismatchError, RoutingError
+from .mixture import mix
 from .routing import current_route, current_slots, narrowed, slot_ids
 
-Parameter = LowRankDelta | CodedVector | Tensor
+Parameter = Delta | Tensor
 Slots = int | list[int]
 
 _FAST = object()  # the rows that no stored slot claims
@@ -116,6 +127,22 @@ class DTSModule(nn.Module):
                 dense[name] = (base.to(wide) + parameter.dequantize(wide).to(base.device)).to(base.dtype)
         return dense
 
+    def mix_slots(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
+        """Fill an empty slot with the weighted sum of what other slots change in this layer.
+
+        Raises:
+            DTSError: parameters that cannot be mixed (see `mixture.mix`).
+        """
+        parts = [(weight, self.parameters_of(member)) for member, weight in members]
+        mixed = {}
+        for name in dict.fromkeys(name for _, parameters in parts for name in parameters):
+            base = self.base_layer.get_parameter(name)
+            parameter = mix(name, [(weight, parameters.get(name)) for weight, parameters in parts], base)
+            if parameter is not None:
+                mixed[name] = parameter
+        if mixed:
+            self.load_slot(slot, mixed)
+
     # A subclass may hold a slot in its own way; these four belong together.
 
     def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
@@ -209,7 +236,7 @@ class _BankedModule(DTSModule):
 
     def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
         if not all(
-            (isinstance(p, LowRankDelta) and name == "weight") or (isinstance(p, CodedVector) and name == "bias")
+            not isinstance(p, Tensor) and name == ("weight" if is_matrix(p) else "bias")
             for name, p in parameters.items()
         ):
             return super().load_slot(slot, parameters)
@@ -217,10 +244,34 @@ class _BankedModule(DTSModule):
             self.bank.load(slot, to_pages(self._oriented(parameters["weight"])))
         if "bias" in parameters:
             if self.bias_bank is None:
-                nbytes = VectorPageLayout(parameters["bias"].numel).nbytes
+                nbytes = VectorPageLayout(self.base_layer.bias.numel()).nbytes
                 self.bias_bank = Bank(nbytes, self.slots.capacity, device=self.bank.pages.device)
-            self.bias_bank.load(slot, to_vector_page(parameters["bias"]))
+            self.bias_bank.load(slot, to_vector_pages(parameters["bias"]))
         self.loaded[slot] = frozenset(parameters)
+        return None
+
+    def parameters_of(self, slot: int) -> Mapping[str, Parameter]:
+        found = dict(super().parameters_of(slot))
+        for name in self.loaded.get(slot, ()):
+            shape = tuple(self.base_layer.get_parameter(name).shape)
+            bank = self.bank if name == "weight" else self.bias_bank
+            listed = bank.slot_pages[slot] >= 0
+            pages, weights = bank.pages[bank.slot_pages[slot][listed].long()], bank.slot_weights[slot][listed]
+            if name == "bias":
+                found[name] = from_vector_pages(VectorPageLayout(shape[0]), pages, weights, shape)
+            elif len(pages):
+                found[name] = self._oriented(from_pages(self.layout, pages, weights))
+        return found
+
+    def mix_slots(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
+        if any(member in self.stored for member, _ in members):
+            return super().mix_slots(slot, members)
+        present = [(member, weight) for member, weight in members if member in self.loaded]
+        if present:
+            self.bank.share(slot, present)
+            if self.bias_bank is not None:
+                self.bias_bank.share(slot, present)
+            self.loaded[slot] = frozenset().union(*(self.loaded[member] for member, _ in present))
         return None
 
     def clear_slot(self, slot: int) -> None:
@@ -230,21 +281,6 @@ class _BankedModule(DTSModule):
         self.bank.evict(slot)
         if self.bias_bank is not None:
             self.bias_bank.evict(slot)
-
-    def dense_parameters(self, slot: int) -> dict[str, Tensor]:
-        if slot not in self.loaded:
-            return super().dense_parameters(slot)
-        dense = {}
-        for name in self.loaded[slot]:
-            base = self.base_layer.get_parameter(name).detach()
-            if name == "weight":
-                pages, lists, weights = self.bank.tensors
-                delta = self._oriented(reference.dense_delta(self.layout, pages, lists[slot], weights[slot]))
-            else:
-                ids = slot_ids(slot, 1, base.device)
-                delta = reference.vector_delta(base.numel(), *self.bias_bank.tensors, ids)[0]
-            dense[name] = (base.to(torch.promote_types(base.dtype, torch.float32)) + delta).to(base.dtype)
-        return dense
 
     def _oriented(self, matrix):
         """Between the parameter's orientation and the bank's ``[N, K]``; its own inverse."""
@@ -294,7 +330,7 @@ class DTSLinear(_BankedModule):
     def _oriented(self, matrix):
         if not self.transposed:
             return matrix
-        return matrix.transpose() if isinstance(matrix, LowRankDelta) else matrix.t()
+        return matrix.t() if isinstance(matrix, Tensor) else matrix.transpose()
 
     def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
         if not self._touched(slots):

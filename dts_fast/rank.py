@@ -26,6 +26,11 @@ def uniform_ranks(shapes: Shapes, rank: int) -> Ranks:
     return {name: min(rank, *shape) for name, shape in shapes.items()}
 
 
+def round_up(ranks: Ranks, shapes: Shapes, multiple: int) -> Ranks:
+    """Each rank at the next multiple, limited by ``min(N, K)``."""
+    return {name: min(-(-rank // multiple) * multiple, *shapes[name]) for name, rank in ranks.items()}
+
+
 def rank_by_energy(spectrum: Tensor, energy: float, total: float) -> int:
     """The smallest rank whose singular values hold a share of a matrix's squared Frobenius norm.
 
@@ -38,12 +43,13 @@ def rank_by_energy(spectrum: Tensor, energy: float, total: float) -> int:
     return int((kept < energy * total * (1 - 1e-9)).sum()) + (total > 0) if energy > 0 else 0
 
 
-def ranks_by_uniform_budget(shapes: Shapes, budget: int, size_of: Callable[[Ranks], int]) -> Ranks:
+def ranks_by_uniform_budget(shapes: Shapes, budget: int, size_of: Callable[[Ranks], int], multiple: int = 1) -> Ranks:
     """The largest density whose adapter fits a budget.
 
     Args:
         budget: bytes on disk, all files of the adapter.
         size_of: exact (or never too small) size in bytes of the adapter with given ranks.
+        multiple: ranks are rounded up to multiples of this.
 
     Raises:
         DTSError: even rank 0 everywhere is larger than the budget.
@@ -51,8 +57,11 @@ def ranks_by_uniform_budget(shapes: Shapes, budget: int, size_of: Callable[[Rank
     _check_smallest(shapes, budget, size_of)
     # Every density at which some matrix gains a rank, in order, just past the rounding of the division.
     steps = sorted({r / min(shape) * (1 + 1e-9) for shape in shapes.values() for r in range(1, min(shape) + 1)})
-    return _largest(lambda i: ranks_by_density(shapes, steps[i - 1]) if i else ranks_by_density(shapes, 0.0),
-                    len(steps), budget, size_of)  # fmt: skip
+
+    def ranks(count: int) -> Ranks:
+        return round_up(ranks_by_density(shapes, steps[count - 1] if count else 0.0), shapes, multiple)
+
+    return _largest(ranks, len(steps), budget, size_of)
 
 
 def ranks_by_spectral_budget(
@@ -60,6 +69,7 @@ def ranks_by_spectral_budget(
     spectra: Mapping[str, Tensor],
     budget: int,
     size_of: Callable[[Ranks], int],
+    multiple: int = 1,
 ) -> Ranks:
     """The next component goes to the matrix where it buys the most squared singular value per byte, until the budget
     is spent.
@@ -67,6 +77,7 @@ def ranks_by_spectral_budget(
     Args:
         spectra: singular values ``[q]`` of each delta, descending.
         budget, size_of: see `ranks_by_uniform_budget`.
+        multiple: so many components are given at a time, as long as there are that many.
 
     Raises:
         DTSError: even rank 0 everywhere is larger than the budget.
@@ -76,12 +87,13 @@ def ranks_by_spectral_budget(
     for name, spectrum in spectra.items():
         n, k = shapes[name]
         cost = packed_size(n) + packed_size(k) + 4
-        gains = spectrum.double().square() / cost
-        offers += [(-gain, name) for gain in gains.tolist() if gain > 0]
+        bundles = spectrum[: min(n, k)].double().square().split(multiple)
+        offers += [(-float(bundle.mean()) / cost, name) for bundle in bundles if bool(bundle[0] > 0)]
     names = [name for _, name in sorted(offers)]  # ties fall the same way on every run
 
     def after(count: int) -> Ranks:
-        return dict.fromkeys(shapes, 0) | {n: len(list(g)) for n, g in groupby(sorted(names[:count]))}
+        given = {name: multiple * len(list(group)) for name, group in groupby(sorted(names[:count]))}
+        return dict.fromkeys(shapes, 0) | {name: min(rank, *shapes[name]) for name, rank in given.items()}
 
     return _largest(after, len(names), budget, size_of)
 

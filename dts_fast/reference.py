@@ -129,14 +129,3 @@ def _distinct(slot_ids: Tensor) -> list[int]:
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def dense_delta(layout: PageLayout, pages: Tensor, page_list: Tensor, weights: Tensor) -> Tensor:
-    """The delta ``[N, K]`` of one slot, materialised in float32 (for merging into the base).
-
-    Args:
-        page_list: int32 ``[L]``, the slot's row of ``slot_pages``.
-        weights: float32 ``[L]``, its row of ``slot_weights``.
-    """
-    u, s, v = _slot_factors(layout, pages, page_list, weights, torch.float32)
-    return (u.t() * s) @ v

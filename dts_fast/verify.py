@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .adapter_file import Parameter, directory_size, load_adapter, locate_adapter
 from .checkpoint import Checkpoint, common_prefix
-from .codes import CodedVector, LowRankDelta
-from .errors import CheckpointError
+from .codes import is_matrix
+from .errors import AdapterFormatError, CheckpointError
 from .export import check_base
 from .fit import relative_error
 
@@ -24,7 +24,8 @@ class ParameterReport:
         kind: ``"low-rank"``, ``"vector"`` or ``"whole"``.
         rank: 0 where the kind has none.
         nbytes: bytes of its tensors in the file, without headers.
-        error: relative Frobenius error of the delta; 0 for whole tensors.
+        error: relative Frobenius error of the delta; 0 for whole tensors, None where there is no fine-tune to compare
+            with (`fuse`).
     """
 
     name: str
@@ -32,7 +33,7 @@ class ParameterReport:
     shape: tuple[int, ...]
     rank: int
     nbytes: int
-    error: float
+    error: float | None
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ def verify(path: str | Path, base_model: str | Path, model: str | Path) -> Verif
         BaseMismatchError: not the adapter's base.
     """
     adapter = load_adapter(path)
+    if None in adapter.config["errors"]:
+        raise AdapterFormatError(f"{path} is a mixture of adapters: there is no fine-tune to compare it with.")
     base, fine_tune = Checkpoint.open(base_model), Checkpoint.open(model)
     check_base(adapter, base)
     strip, add = common_prefix(fine_tune.tensors, base.tensors)
@@ -158,9 +161,9 @@ def verify(path: str | Path, base_model: str | Path, model: str | Path) -> Verif
     return VerifyReport(reports, worst, (lost / total) ** 0.5, (left_out / total) ** 0.5, worst <= _TOLERANCE)
 
 
-def _report(name: str, parameter: Parameter, error: float) -> ParameterReport:
-    if isinstance(parameter, LowRankDelta):
-        kind, rank = "low-rank", parameter.rank
+def _report(name: str, parameter: Parameter, error: float | None) -> ParameterReport:
+    if isinstance(parameter, Tensor):
+        kind, rank = "whole", 0
     else:
-        kind, rank = ("vector" if isinstance(parameter, CodedVector) else "whole"), 0
+        kind, rank = ("low-rank", parameter.rank) if is_matrix(parameter) else ("vector", 0)
     return ParameterReport(name, kind, tuple(parameter.shape), rank, parameter.nbytes, error)

@@ -104,3 +104,31 @@ def test_names_that_cannot_be_taken(name, message):
         table.free_slot(name)
     with pytest.raises(DTSError, match="at least 1"):
         SlotTable(0)
+
+
+def test_a_mixture_lists_the_pages_of_its_members():
+    bank = Bank(128, 4)
+    bank.load(0, pages(2, 7), weight=2.0)
+    bank.load(1, pages(1, 9))
+    size = bank.pages.shape[0]
+    bank.share(2, [(0, 0.5), (1, -1.0)])
+    assert bank.pages.shape[0] == size
+    assert contents(bank, 2) == [7, 7, 9]
+    assert bank.slot_weights[2, :3].tolist() == [1.0, 1.0, -1.0]
+
+
+def test_shared_pages_stay_until_the_last_slot_lets_go():
+    bank = Bank(128, 3, num_pages=4, pages_per_slot=4)
+    bank.load(0, pages(2, 7))
+    bank.share(1, [(0, 1.0)])
+    bank.evict(0)
+    with pytest.raises(CapacityError, match="takes 3 pages, 2 of 4 are free"):
+        bank.load(2, pages(3, 1))
+    bank.load(2, pages(2, 1))
+    assert contents(bank, 1) == [7, 7]
+    bank.evict(1)
+    bank.load(0, pages(2, 3))
+    assert contents(bank, 2) == [1, 1]
+    with pytest.raises(CapacityError, match="at most 4"):
+        bank.share(1, [(0, 1.0), (2, 1.0), (0, 1.0)])
+    assert contents(bank, 1) == []

@@ -13,7 +13,7 @@ from dts_fast.codes import (
     pack,
     packed_size,
     to_pages,
-    to_vector_page,
+    to_vector_pages,
     unpack,
 )
 
@@ -105,6 +105,6 @@ def test_page_layout_by_hand():
 
 def test_vector_page_holds_the_vector():
     vector = CodedVector(pack(torch.randint(0, 4, (13,), dtype=torch.uint8)), torch.randn(4), (13,))
-    layout, page = VectorPageLayout(13), to_vector_page(vector)
+    layout, page = VectorPageLayout(13), to_vector_pages(vector)
     assert page.shape == (1, layout.nbytes)
     assert torch.equal(dequantize(layout.codes(page)[0], layout.levels(page)[0], 13), vector.dequantize())

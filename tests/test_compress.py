@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 from conftest import fine_tuned, plain_tensors, write_checkpoint
 from safetensors.torch import load_file
 
-from dts_fast import DTSConfig, compress, load_adapter
+import dts_fast.compress  # noqa: F401  (the module, which the function of its name hides)
+from dts_fast import DTSConfig, compress, fit, load_adapter
 from dts_fast.adapter_file import directory_size
 from dts_fast.codes import CodedVector, LowRankDelta
 from dts_fast.errors import BaseMismatchError, CheckpointError, DTSError
 from dts_fast.export import export_full
 from dts_fast.verify import inspect_adapter, verify
+
+compress_module = sys.modules["dts_fast.compress"]
 
 
 def test_every_parameter_finds_its_form(tmp_path, checkpoints):
@@ -48,7 +52,7 @@ def test_full_rank_recovers_most_of_the_delta(tmp_path, checkpoints):
     base, tuned = checkpoints
     compress(base, tuned, tmp_path / "a", DTSConfig(density=1.0))
     report = verify(tmp_path / "a", base, tuned)
-    # The paper's thresholding loses about 0.6 of a full-rank delta's norm, whatever the rank (DESIGN, section 1).
+    # The paper's thresholding loses about 0.6 of a full-rank delta's norm, whatever the rank.
     assert report.matches
     assert 0.3 < report.total_error < 0.75
     assert report.uncovered == 0.0
@@ -288,3 +292,58 @@ def test_export_of_tied_weights_written_twice(tmp_path):
 def test_settings_that_torch_or_re_refuse(setting, message):
     with pytest.raises(DTSError, match=message):
         DTSConfig(**setting)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, checkpoints, monkeypatch):
+    base, tuned = checkpoints
+    fitted = []
+
+    def counting_fit(delta, rank, *, method, name):
+        fitted.append(name)
+        return fit(delta, rank, method=method, name=name)
+
+    monkeypatch.setattr(compress_module, "fit", counting_fit)
+
+    def interrupt(name, done, total):
+        if name == "layers.0.proj.weight":
+            raise KeyboardInterrupt
+
+    compress(base, tuned, tmp_path / "whole", DTSConfig(budget=0.9))
+    assert fitted == ["conv.weight", "embed_tokens.weight", "layers.0.odd.weight", "layers.0.proj.weight"]
+    fitted.clear()
+    with pytest.raises(KeyboardInterrupt):
+        compress(base, tuned, tmp_path / "a", DTSConfig(budget=0.9), progress=interrupt)
+    compress(base, tuned, tmp_path / "a", DTSConfig(budget=0.9))
+    assert fitted == ["conv.weight", "embed_tokens.weight", "layers.0.odd.weight", "layers.0.proj.weight"]
+    for file in (tmp_path / "a").iterdir():
+        # The card's title is the folder's name, which has another length; all else is the same to the byte.
+        if file.name != "README.md":
+            assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "tuned", "whole"]
+
+
+def test_a_changed_fine_tune_is_not_resumed(tmp_path, checkpoints):
+    base, tuned = checkpoints
+
+    def interrupt(name, done, total):
+        if name == "layers.0.proj.weight":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(base, tuned, tmp_path / "a", DTSConfig(rank=2), progress=interrupt)
+    write_checkpoint(tuned, fine_tuned(load_file(base / "model.safetensors"), seed=7))
+    compress(base, tuned, tmp_path / "a", DTSConfig(rank=2))
+    assert verify(tmp_path / "a", base, tuned).matches
+
+
+def test_ranks_are_multiples_where_asked(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    for config in (DTSConfig(budget=0.5, rank_multiple=4), DTSConfig(budget=0.5, rank_multiple=4, method="paper"),
+                   DTSConfig(density=0.3, rank_multiple=4), DTSConfig(energy=0.5, rank_multiple=4)):  # fmt: skip
+        report = compress(base, tuned, tmp_path / "a", config, overwrite=True)
+        assert config.budget is None or report.share <= config.budget
+        for name, p in load_adapter(tmp_path / "a").deltas.items():
+            if isinstance(p, LowRankDelta):
+                assert p.rank % 4 == 0 or p.rank == min(p.u.n, p.v.n), name
+    with pytest.raises(DTSError, match="rank_multiple"):
+        DTSConfig(rank_multiple=-1)

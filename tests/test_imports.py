@@ -18,18 +18,27 @@ ALLOWED = {
     "version": set(),
     "errors": set(),
     "native": set(),
+    "descent": {"native"},
     "codes": {"errors"},
     "atomic": {"errors"},
     "decompose": set(),
-    "fit": {"codes", "decompose", "errors"},
+    "fit": {"codes", "decompose", "descent", "errors"},
+    "config": {"errors", "fit"},
+    "journal": {"errors"},
+    "mixture": {"codes", "errors"},
+    "characteristic": {"errors"},
     "rank": {"codes", "errors", "fit"},
     "checkpoint": {"errors"},
     "fingerprint": {"errors"},
     "card": set(),
     "adapter_file": {"atomic", "checkpoint", "codes", "errors"},
+    "plan": {"adapter_file", "card", "checkpoint", "codes", "config", "fingerprint", "rank"},
     "compress": {
-        "adapter_file", "atomic", "card", "checkpoint", "codes", "decompose", "errors", "fingerprint", "fit", "rank",
-        "version",
+        "adapter_file", "atomic", "characteristic", "checkpoint", "codes", "config", "decompose", "fingerprint", "fit",
+        "journal", "plan", "version",
+    },
+    "fuse": {
+        "adapter_file", "atomic", "card", "characteristic", "errors", "fingerprint", "mixture", "version",
     },
     "dense": {"atomic", "checkpoint", "errors"},
     "export": {"adapter_file", "checkpoint", "dense", "errors", "fingerprint"},
@@ -38,14 +47,23 @@ ALLOWED = {
     "ops": {"codes", "native", "reference"},
     "bank": {"errors"},
     "routing": {"bank", "errors"},
-    "nn": {"bank", "codes", "errors", "ops", "reference", "routing"},
-    "model": {"adapter_file", "atomic", "bank", "checkpoint", "errors", "fingerprint", "nn", "routing"},
+    "nn": {"bank", "codes", "errors", "mixture", "ops", "reference", "routing"},
+    "model": {
+        "adapter_file", "atomic", "bank", "characteristic", "checkpoint", "errors", "fingerprint", "mixture", "nn",
+        "routing",
+    },
     "doctor": {"native", "ops", "version"},
     "hardware": {"version"},
     "demo_lm": {"errors"},
-    "demo": {"adapter_file", "compress", "demo_lm", "errors", "hardware", "model"},
-    "cli": {"compress", "demo", "dense", "doctor", "errors", "export", "verify", "version"},
-    "__init__": {"adapter_file", "codes", "compress", "errors", "fit", "model", "nn", "routing", "version"},
+    "demo": {"adapter_file", "compress", "config", "demo_lm", "errors", "hardware", "model"},
+    "cli": {
+        "characteristic", "compress", "config", "demo", "dense", "doctor", "errors", "export", "fuse", "verify",
+        "version",
+    },
+    "__init__": {
+        "adapter_file", "characteristic", "codes", "compress", "config", "errors", "fit", "fuse", "model", "nn",
+        "routing", "version",
+    },
 }  # fmt: skip
 
 
@@ -93,5 +111,6 @@ def test_the_command_line_answers_without_torch():
 
 
 def test_functions_keep_their_names_beside_modules_of_the_same_name():
-    code = "import dts_fast.compress, dts_fast.fit; from dts_fast import compress, fit; compress.__code__, fit.__code__"
+    code = "import dts_fast.compress, dts_fast.fit, dts_fast.fuse; from dts_fast import compress, fit, fuse; "
+    code += "compress.__code__, fit.__code__, fuse.__code__"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from dts_fast import DTSConfig, DTSModel, compress, route
+from dts_fast import DTSConfig, DTSModel, compress, fuse, route
 from dts_fast.errors import BaseMismatchError, CapacityError, DTSError, RoutingError, UnknownAdapterError
 from dts_fast.export import export_full
 
@@ -272,3 +272,42 @@ def test_a_base_file_beside_its_config_is_enough(tmp_path):
     reference = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "three")
     assert torch.equal(model(ids).logits, reference(ids).logits)
     assert type(model.model) is type(tuned)
+
+
+def test_a_mixture_equals_its_dense_checkpoint(family, tmp_path):
+    model = family.model()
+    sizes = {path: wrapper.bank.pages.shape for path, wrapper in model._wrappers.items() if hasattr(wrapper, "bank")}
+    assert model.add_weighted_adapter(["a", "b"], [0.3, 0.7], "mixed") == {"a": 0.3, "b": 0.7}
+    for path, size in sizes.items():
+        assert model._wrappers[path].bank.pages.shape == size, "pages are shared"
+    fuse([family.folder / "a", family.folder / "b"], tmp_path / "mixed", [0.3, 0.7])
+    export_full(tmp_path / "mixed", family.folder / "base", tmp_path / "dense")
+    dense = type(family.base()).from_pretrained(tmp_path / "dense").eval()
+    with torch.no_grad():
+        expected = dense(**family.inputs).logits
+        names = ["mixed", "mixed", "__base__", "a"]
+        base, of_a = model(**family.inputs, adapter_names="__base__").logits, model(**family.inputs).logits
+        mixed = model(**family.inputs, adapter_names=names).logits
+        torch.testing.assert_close(mixed[:2], expected[:2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mixed[2:], torch.stack([base[2], of_a[3]]), rtol=1e-4, atol=1e-4)
+        # Its members may go; and the file of the mixture gives the same.
+        model.delete_adapter("a")
+        model.delete_adapter("b")
+        torch.testing.assert_close(model(**family.inputs, adapter_names="mixed").logits, expected, rtol=1e-4, atol=1e-4)
+        model.load_adapter(tmp_path / "mixed", "file")
+        torch.testing.assert_close(model(**family.inputs, adapter_names="file").logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixture_that_cannot_be_made_changes_nothing(family):
+    model = family.model(max_adapters=3)
+    for weights, error in (([0.5], DTSError), (None, DTSError)):
+        with pytest.raises(error):
+            model.add_weighted_adapter(["a", "b"], weights, "mixed")
+    with pytest.raises(UnknownAdapterError):
+        model.add_weighted_adapter(["a", "c"], [0.5, 0.5], "mixed")
+    with pytest.raises(DTSError, match="'a' has no characteristic"):
+        model.add_weighted_adapter(["a", "b"], characteristic=torch.ones(3))
+    with pytest.raises(DTSError, match="no adapter to choose from"):
+        model.select(torch.ones(3))
+    assert model.adapter_names == ["a", "b"]
+    assert not any(wrapper.parameters_of(2) for wrapper in model._wrappers.values())

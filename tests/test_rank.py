@@ -12,6 +12,7 @@ from dts_fast.rank import (
     ranks_by_density,
     ranks_by_spectral_budget,
     ranks_by_uniform_budget,
+    round_up,
     uniform_ranks,
 )
 
@@ -93,3 +94,17 @@ def test_compress_by_energy(tmp_path, checkpoints):
             squares = torch.linalg.svdvals(delta).square()
             assert squares[: parameter.rank].sum() >= 0.5 * squares.sum() * (1 - 1e-6)
             assert squares[: parameter.rank - 1].sum() < 0.5 * squares.sum()
+
+
+def test_bundles_go_where_they_buy_most():
+    spectra = {name: torch.ones(min(shape)) for name, shape in SHAPES.items()}
+    spectra["wide"] *= 10
+    for budget in (500, 1500, 4000):
+        ranks = ranks_by_spectral_budget(SHAPES, spectra, budget, size_of, multiple=8)
+        assert size_of(ranks) <= budget
+        assert all(rank % 8 == 0 for rank in ranks.values())
+        assert ranks["wide"] == 16 or sum(ranks.values()) == ranks["wide"]
+
+
+def test_rounding_up_stops_at_full_rank():
+    assert round_up({"square": 0, "wide": 3, "tall": 33}, SHAPES, 16) == {"square": 0, "wide": 16, "tall": 40}
