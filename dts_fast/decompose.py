@@ -101,30 +101,33 @@ def _krylov_subspace(matrix: Tensor, block: int) -> tuple[Tensor, Tensor]:
     # A fixed seed: the same input gives the same adapter.
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[1], block, generator=generator, dtype=torch.float32)
-    newest = _orthonormal(matrix @ start.to(matrix))
-    basis, projected = [newest], [matrix.t() @ newest]
-    for _ in range(_KRYLOV_STEPS):
-        power = matrix @ _orthonormal(projected[-1])
-        known = torch.cat(basis, 1)
-        for _ in range(2):  # once leaves what rounding made of it
-            power = power - known @ (known.t() @ power)
-        newest = _orthonormal(power)
-        basis.append(newest)
-        projected.append(matrix.t() @ newest)
-    return torch.cat(basis, 1), torch.cat(projected, 1)
+    basis = matrix.new_empty(matrix.shape[0], (_KRYLOV_STEPS + 1) * block)
+    projected = matrix.new_empty(matrix.shape[1], basis.shape[1])
+    power = matrix @ start.to(matrix)
+    for first in range(0, basis.shape[1], block):
+        newest = slice(first, first + block)
+        known = basis[:, :first]
+        for _ in range(2 if first else 0):  # once leaves what rounding made of it
+            power -= known @ (known.t() @ power)
+        basis[:, newest] = _orthonormal(power)
+        projected[:, newest] = matrix.t() @ basis[:, newest]
+        if newest.stop < basis.shape[1]:
+            power = matrix @ _orthonormal(projected[:, newest])
+    return basis, projected
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis of the columns; where they are dependent, the missing directions are 0."""
-    scale = torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
-    columns = columns / scale
     gram = _gram(columns)
+    scale = gram.diagonal().clamp_min(torch.finfo(columns.dtype).tiny).rsqrt()
+    gram = gram * scale * scale[:, None]
     # Cholesky of the Gram matrix is several times faster than QR, and as good for columns that are far from dependent.
     lower, failed = torch.linalg.cholesky_ex(gram)
     if int(failed) == 0 and float(lower.diagonal().amin()) > 1e-3:
-        identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-        return columns @ torch.linalg.solve_triangular(lower, identity, upper=False).t().to(columns)
-    values, vectors = torch.linalg.eigh(gram)
-    kept = values > columns.shape[1] * torch.finfo(columns.dtype).eps * values[-1]
-    inverse = torch.where(kept, values, 1.0).rsqrt().masked_fill(~kept, 0.0)
-    return columns @ (vectors * inverse).to(columns)
+        mixing = torch.linalg.solve_triangular(lower, torch.diag(scale), upper=False).t()
+    else:
+        values, vectors = torch.linalg.eigh(gram)
+        kept = values > columns.shape[1] * torch.finfo(columns.dtype).eps * values[-1]
+        inverse = torch.where(kept, values, 1.0).rsqrt().masked_fill(~kept, 0.0)
+        mixing = scale[:, None] * vectors * inverse
+    return columns @ mixing.to(columns)

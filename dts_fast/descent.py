@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import native  # noqa: F401  (registers its kernel)
+from .codes import NUM_LEVELS
 
 _LIBRARY = torch.library.Library("dts_fast", "FRAGMENT")
 _LIBRARY.define(
@@ -24,15 +25,15 @@ def descend_(rows: Tensor, target: Tensor, gram: Tensor, levels: Tensor, sweeps:
         rows: ``[r, n]`` float32 or float64, contiguous, values among ``levels``; changed in place.
         target: ``[r, n]`` in the dtype of ``rows``.
         gram: symmetric ``[r, r]``.
-        levels: ``[4]`` descending.
+        levels: ``[L]`` descending; the native kernel is for four.
         sweeps: passes over all components.
     """
     if rows.numel() == 0:
         return
     curvature = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
-    # The native kernel is for float32; deltas in float64 are rare.
+    # Deltas in float64, and other numbers of levels than the file's, are rare.
     arguments = (rows, target.contiguous(), gram.contiguous(), curvature, levels.flip(0))
-    if rows.dtype == torch.float32:
+    if rows.dtype == torch.float32 and len(levels) == NUM_LEVELS:
         torch.ops.dts_fast.descend_(*arguments, sweeps)
     else:
         _descend_plain(*arguments, sweeps)

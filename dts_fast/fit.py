@@ -10,6 +10,7 @@ one more function here and one more entry in `METHODS`.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -91,26 +92,46 @@ def fit_paper(delta: Tensor, rank: int) -> LowRankDelta:
     return LowRankDelta(code_matrix(u), s.float(), code_matrix(v), tuple(delta.shape))
 
 
-# Lloyd-Max levels of a standard normal variable: singular vectors are nearly Gaussian.
-_NORMAL_LEVELS = (1.5104, 0.4528, -0.4528, -1.5104)
-_ROUNDS = 3
-_SWEEPS = 2
+@dataclass(frozen=True)
+class Refinement:
+    """The ingredients of `fit_refined`; bench/ablation.py measures each on several fine-tunes.
+
+    Attributes:
+        levels: where the levels of a factor start, descending and symmetric; Lloyd-Max levels of a standard normal
+            variable, because singular vectors are nearly Gaussian. The file holds four.
+        rounds: how often U and V take turns.
+        sweeps: passes over the components each time.
+        refit_levels: whether levels follow the codes.
+        stretch: ``"none"``, ``"unbiased"``, ``"norm"`` or ``"mean"``, see `_stretch`.
+    """
+
+    levels: tuple[float, ...] = (1.5104, 0.4528, -0.4528, -1.5104)
+    rounds: int = 3
+    sweeps: int = 2
+    refit_levels: bool = True
+    stretch: str = "mean"
 
 
 def fit_refined(delta: Tensor, rank: int) -> LowRankDelta:
-    """Factors whose elements are chosen together, by coordinate descent on ``||delta - U diag(s) V^T||_F``.
+    """Factors whose elements are chosen together, see `refine`."""
+    u, s, v = refine(delta, rank)
+    return LowRankDelta(u.coded(), s.float(), v.coded(), tuple(delta.shape))
 
-    With V fixed, the rows of U are independent least-squares problems over four levels, coupled only through the
+
+def refine(delta: Tensor, rank: int, options: Refinement = Refinement()) -> tuple[_Side, Tensor, _Side]:
+    """Coordinate descent on ``||delta - U diag(s) V^T||_F`` over factors of a few levels.
+
+    With V fixed, the rows of U are independent least-squares problems over the levels, coupled only through the
     Gram matrix of V: one product with the delta serves any number of sweeps over the components. U and V take turns,
     scales and levels are refitted in between. Least squares shrinks what it cannot fit, and a shrunk delta is a
     weaker fine-tune, so at the end the result is stretched (see `_stretch`).
     """
     left, sigma, right, operator = decompose_with_operator(delta, rank)
+    u, v = _Side(left, options), _Side(right, options)
     if rank == 0 or not bool(sigma[0] > 0):
-        return LowRankDelta(code_matrix(left), sigma.float(), code_matrix(right), tuple(delta.shape))
-    u, v = _Side(left), _Side(right)
+        return u, sigma, v
     product = operator.from_right(v.rows)  # [r, N]
-    for _ in range(_ROUNDS):
+    for _ in range(options.rounds):
         s = _fit_scales(u, v, product)
         u.improve(product, v, s)
         product = operator.from_left(u.rows)  # [r, K]
@@ -118,41 +139,47 @@ def fit_refined(delta: Tensor, rank: int) -> LowRankDelta:
         v.improve(product, u, s)
         product = operator.from_right(v.rows)
     s = _fit_scales(u, v, product)
-    s = s * _stretch(delta, u.rows.t() * s, v.rows.t(), left * sigma, right)
-    return LowRankDelta(u.coded(), s.float(), v.coded(), tuple(delta.shape))
+    return u, s * _stretch(options.stretch, delta, u.rows.t() * s, v.rows.t(), left * sigma, right), v
 
 
 _MAX_OVERSHOOT = 1.25
 
 
-def _stretch(delta: Tensor, a_left: Tensor, a_right: Tensor, d_left: Tensor, d_right: Tensor) -> Tensor:
+def _stretch(
+    rule: str, delta: Tensor, a_left: Tensor, a_right: Tensor, d_left: Tensor, d_right: Tensor
+) -> Tensor | float:
     """The factor for a fit A of a delta D with exact rank-r part D_r; both low-rank parts are given as factors.
 
     Two rules are sound: unbiased along D_r, by ``<D_r, D_r> / <A, D_r>``, and of the delta's norm, by
     ``||D|| / ||A||``. The first leaves out that the lost components worked in the same direction, the second overshoots
     where few components carry the norm of all. Their geometric mean, limited to a quarter above the first, lies
-    between; bench/fidelity.py measures what comes of it.
+    between, and is the default; bench/ablation.py compares them.
     """
+    if rule == "none":
+        return 1.0
     overlap = ((a_left.t() @ d_left) * (a_right.t() @ d_right)).sum()
     unbiased = d_left.square().sum() / overlap
     norm = ((a_left.t() @ a_left) * (a_right.t() @ a_right)).sum().clamp_min(0).sqrt() * unbiased
-    return unbiased * (torch.linalg.vector_norm(delta) / norm).sqrt().clamp(max=_MAX_OVERSHOOT)
+    missing = torch.linalg.vector_norm(delta) / norm
+    factors = {"unbiased": 1.0, "norm": missing, "mean": missing.sqrt().clamp(max=_MAX_OVERSHOOT)}
+    return unbiased * factors[rule]
 
 
 class _Side:
     """One factor while it is fitted: its levels, and its elements ``[r, n]`` with components in (contiguous) rows."""
 
-    def __init__(self, vectors: Tensor) -> None:
+    def __init__(self, vectors: Tensor, options: Refinement) -> None:
         # Components of one size share the levels; their lengths go to the scales.
         rms = vectors.square().mean(0).sqrt().clamp_min(torch.finfo(vectors.dtype).tiny)
-        self.levels = vectors.new_tensor(_NORMAL_LEVELS)
+        self.options, self.levels = options, vectors.new_tensor(options.levels)
         self.rows = self.levels[self._nearest((vectors / rms).t().contiguous()).long()]
 
     def _nearest(self, values: Tensor) -> Tensor:
         """The code of the level next to each value."""
-        above = (self.levels[:-1] + self.levels[1:]) / 2
-        codes = (values <= above[0]).to(torch.uint8)  # several times faster than a search for each element
-        return codes.add_(values <= above[1]).add_(values <= above[2])
+        codes = torch.zeros_like(values, dtype=torch.uint8)
+        for boundary in (self.levels[:-1] + self.levels[1:]) / 2:
+            codes += values <= boundary  # several times faster than a search for each element
+        return codes
 
     def coded(self) -> CodedMatrix:
         return CodedMatrix(pack(self._nearest(self.rows)), self.levels.float(), self.rows.shape[1])
@@ -167,13 +194,14 @@ class _Side:
         fixed = other.rows * s[:, None]
         gram = fixed @ fixed.t()  # [r, r]
         target = product * s[:, None]
-        descend_(self.rows, target, gram, self.levels, _SWEEPS)
-        self._refit_levels(target, gram)
+        descend_(self.rows, target, gram, self.levels, self.options.sweeps)
+        if self.options.refit_levels:
+            self._refit_levels(target, gram)
 
     def _refit_levels(self, target: Tensor, gram: Tensor) -> None:
-        """The four levels that fit best with these codes: a 4 x 4 least-squares problem."""
+        """The levels that fit best with these codes: a least-squares problem with one unknown each."""
         codes = self._nearest(self.rows)
-        members = torch.stack([(codes == code).to(gram) for code in range(4)])  # [4, r, n]
+        members = torch.stack([(codes == code).to(gram) for code in range(len(self.levels))])  # [L, r, n]
         flat = members.flatten(1)
         system = ((gram @ members).flatten(1) @ flat.t()).double()
         wanted = (flat @ target.flatten()).double()

@@ -18,7 +18,7 @@ ALLOWED = {
     "version": set(),
     "errors": set(),
     "native": set(),
-    "descent": {"native"},
+    "descent": {"codes", "native"},
     "codes": {"errors"},
     "atomic": {"errors"},
     "decompose": set(),
