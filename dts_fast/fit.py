@@ -101,7 +101,7 @@ class Refinement:
             variable, because singular vectors are nearly Gaussian. The file holds four.
         rounds: how often U and V take turns.
         sweeps: passes over the components each time.
-        refit_levels: whether levels follow the codes.
+        refit_levels: whether levels follow the codes, in the last round.
         stretch: ``"none"``, ``"unbiased"``, ``"norm"`` or ``"mean"``, see `_stretch`.
     """
 
@@ -131,12 +131,13 @@ def refine(delta: Tensor, rank: int, options: Refinement = Refinement()) -> tupl
     if rank == 0 or not bool(sigma[0] > 0):
         return u, sigma, v
     product = operator.from_right(v.rows)  # [r, N]
-    for _ in range(options.rounds):
+    for done in range(options.rounds):
+        refit = options.refit_levels and done + 1 == options.rounds
         s = _fit_scales(u, v, product)
-        u.improve(product, v, s)
+        u.improve(product, v, s, refit)
         product = operator.from_left(u.rows)  # [r, K]
         s = _fit_scales(v, u, product)
-        v.improve(product, u, s)
+        v.improve(product, u, s, refit)
         product = operator.from_right(v.rows)
     s = _fit_scales(u, v, product)
     return u, s * _stretch(options.stretch, delta, u.rows.t() * s, v.rows.t(), left * sigma, right), v
@@ -184,8 +185,8 @@ class _Side:
     def coded(self) -> CodedMatrix:
         return CodedMatrix(pack(self._nearest(self.rows)), self.levels.float(), self.rows.shape[1])
 
-    def improve(self, product: Tensor, other: _Side, s: Tensor) -> None:
-        """Choose every element anew with the other factor fixed, then the levels.
+    def improve(self, product: Tensor, other: _Side, s: Tensor, refit_levels: bool) -> None:
+        """Choose every element anew with the other factor fixed, then perhaps the levels.
 
         Args:
             product: the other factor times the delta, ``[r, n]``.
@@ -195,7 +196,7 @@ class _Side:
         gram = fixed @ fixed.t()  # [r, r]
         target = product * s[:, None]
         descend_(self.rows, target, gram, self.levels, self.options.sweeps)
-        if self.options.refit_levels:
+        if refit_levels:
             self._refit_levels(target, gram)
 
     def _refit_levels(self, target: Tensor, gram: Tensor) -> None:
