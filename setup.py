@@ -51,7 +51,9 @@ def native_build() -> dict:
         "dts_fast._C",
         [str(path) for path in sorted(Path("csrc").rglob("*.cpp"))],
         include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
-        extra_compile_args=["-O3", "-fvisibility=hidden"],
+        # at::parallel_for is inline and runs on threads only where OpenMP is on. The runtime is not linked: torch has
+        # loaded one (its own copy, in wheels), and a second one would bring threads of its own.
+        extra_compile_args=["-O3", "-fvisibility=hidden"] + (["-fopenmp"] if sys.platform == "linux" else []),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOrFallBack}}
 

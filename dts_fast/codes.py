@@ -68,22 +68,6 @@ def dequantize(packed: Tensor, levels: Tensor, n: int) -> Tensor:
     return torch.nn.functional.embedding(packed.int(), table).flatten(-2)[..., :n]
 
 
-def dequantize_pages(packed: Tensor, levels: Tensor, n: int) -> Tensor:
-    """Like `dequantize` for pages that each have their own levels.
-
-    Args:
-        packed: uint8 ``[P, R, stride]`` with ``stride >= ceil(n / 4)``.
-        levels: floating point ``[P, 4]``.
-
-    Returns:
-        ``[P * R, n]`` in the dtype of ``levels``.
-    """
-    tables = levels[:, _codes_of_every_byte(levels.device)].reshape(-1, CODES_PER_BYTE)  # [P * 256, 4]
-    first = torch.arange(levels.shape[0], dtype=torch.int32, device=levels.device) * 256
-    index = packed[..., : packed_size(n)].int() + first[:, None, None]
-    return torch.nn.functional.embedding(index, tables).flatten(-2)[..., :n].flatten(0, 1)
-
-
 @dataclass(frozen=True, eq=False)
 class CodedMatrix:
     """A factor ``[n, rank]`` of a low-rank delta, every element one of four levels.
@@ -258,14 +242,17 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int] | None:
 class PageLayout:
     """Byte offsets within one rank page of a layer ``[N, K]``: 16 ranks, stored together.
 
-        0     s         float32 [16]           zero for unused ranks
+        0     s         float32 [16]                   zero for unused ranks
         64    u_levels  float32 [4]
         80    v_levels  float32 [4]
-        128   v_codes   uint8   [16, v_stride] canonical rows, padded
-              u_codes   uint8   [16, u_stride]
+        128   v_tiles   uint8   [ceil(K / 16), 16, 4]  tile, rank, codes of 16 neighbouring inputs
+              u_tiles   uint8   [ceil(N / 16), 16, 4]  tile, output, codes of the page's 16 ranks
 
-    Rows start at multiples of 16 bytes and pages at multiples of 128, so that a kernel may use its widest
-    aligned loads on any shape.
+    A *tile* is 64 bytes, one AVX-512 register: 16 lanes of one 32-bit word each. Lanes are what is computed (ranks in
+    the shrink, outputs in the expand), and the 16 codes of a word run along the sum. So a register holds all lanes'
+    operands of 16 steps, each a shift away; two neighbouring codes are one of 16 pairs, which is what table lookups on
+    a CPU and the fragments of a GPU's matrix instructions want. Padding codes are 0. Pages start at multiples of
+    128 bytes, tiles at multiples of 64.
     """
 
     n: int
@@ -275,25 +262,28 @@ class PageLayout:
     U_LEVELS_OFFSET = 64
     V_LEVELS_OFFSET = 80
     V_OFFSET = 128
-    ROW_ALIGN = 16
+    TILE_LANES = 16
+    TILE_BYTES = 64
     PAGE_ALIGN = 128
 
     @property
-    def v_stride(self) -> int:
-        return _round_up(packed_size(self.k), self.ROW_ALIGN)
+    def v_count(self) -> int:
+        """Tiles of V."""
+        return -(-self.k // self.TILE_LANES)
 
     @property
-    def u_stride(self) -> int:
-        return _round_up(packed_size(self.n), self.ROW_ALIGN)
+    def u_count(self) -> int:
+        """Tiles of U."""
+        return -(-self.n // self.TILE_LANES)
 
     @property
     def u_offset(self) -> int:
-        return self.V_OFFSET + PAGE_RANKS * self.v_stride
+        return self.V_OFFSET + self.v_count * self.TILE_BYTES
 
     @property
     def nbytes(self) -> int:
         """Bytes of one page."""
-        return _round_up(self.u_offset + PAGE_RANKS * self.u_stride, self.PAGE_ALIGN)
+        return _round_up(self.u_offset + self.u_count * self.TILE_BYTES, self.PAGE_ALIGN)
 
     def s(self, pages: Tensor) -> Tensor:
         """float32 view ``[P, 16]`` of uint8 ``pages [P, nbytes]``."""
@@ -307,15 +297,41 @@ class PageLayout:
         """float32 view ``[P, 4]``."""
         return pages[:, self.V_LEVELS_OFFSET : self.V_LEVELS_OFFSET + 4 * NUM_LEVELS].view(torch.float32)
 
-    def v_codes(self, pages: Tensor) -> Tensor:
-        """uint8 view ``[P, 16, v_stride]``."""
-        rows = pages[:, self.V_OFFSET : self.V_OFFSET + PAGE_RANKS * self.v_stride]
-        return rows.unflatten(1, (PAGE_RANKS, self.v_stride))
+    def v_tiles(self, pages: Tensor) -> Tensor:
+        """uint8 view ``[P, ceil(K / 16), 16, 4]``."""
+        return pages[:, self.V_OFFSET : self.u_offset].unflatten(1, (self.v_count, self.TILE_LANES, 4))
 
-    def u_codes(self, pages: Tensor) -> Tensor:
-        """uint8 view ``[P, 16, u_stride]``."""
-        rows = pages[:, self.u_offset : self.u_offset + PAGE_RANKS * self.u_stride]
-        return rows.unflatten(1, (PAGE_RANKS, self.u_stride))
+    def u_tiles(self, pages: Tensor) -> Tensor:
+        """uint8 view ``[P, ceil(N / 16), 16, 4]``."""
+        tiles = pages[:, self.u_offset : self.u_offset + self.u_count * self.TILE_BYTES]
+        return tiles.unflatten(1, (self.u_count, self.TILE_LANES, 4))
+
+    def u(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        """The factor U of all pages, ``[P * 16, N]``."""
+        tiles = self.u_tiles(pages).flatten(1, 2)  # [P, outputs, 4]
+        values = _dequantize_rows(tiles, self.u_levels(pages).to(dtype)).unflatten(0, tiles.shape[:2])
+        return values[:, : self.n].transpose(1, 2).flatten(0, 1)
+
+    def v(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        """The factor V of all pages, ``[P * 16, K]``."""
+        rows = self.v_tiles(pages).transpose(1, 2).flatten(2)  # [P, 16, bytes]
+        return _dequantize_rows(rows, self.v_levels(pages).to(dtype))[:, : self.k]
+
+
+def _dequantize_rows(packed: Tensor, levels: Tensor) -> Tensor:
+    """Like `dequantize` for rows in groups that each have their own levels.
+
+    Args:
+        packed: uint8 ``[P, rows, bytes]``.
+        levels: floating point ``[P, 4]``.
+
+    Returns:
+        ``[P * rows, 4 * bytes]`` in the dtype of ``levels``.
+    """
+    tables = levels[:, _codes_of_every_byte(levels.device)].reshape(-1, CODES_PER_BYTE)  # [P * 256, 4]
+    first = torch.arange(levels.shape[0], dtype=torch.int32, device=levels.device) * 256
+    index = packed.int() + first[:, None, None]
+    return torch.nn.functional.embedding(index, tables).flatten(-2).flatten(0, 1)
 
 
 def num_pages(rank: int) -> int:
@@ -328,17 +344,23 @@ def to_pages(delta: LowRankDelta | DeltaSum) -> Tensor:
     for each term, because a page has one set of levels."""
     if isinstance(delta, DeltaSum):
         return torch.cat([to_pages(term) for term in delta.terms])
-    layout = PageLayout(delta.u.n, delta.v.n)
-    pages = torch.zeros(num_pages(delta.rank), layout.nbytes, dtype=torch.uint8, device=delta.s.device)
+    layout, count = PageLayout(delta.u.n, delta.v.n), num_pages(delta.rank)
+    pages = torch.zeros(count, layout.nbytes, dtype=torch.uint8, device=delta.s.device)
     layout.u_levels(pages)[:] = delta.u.levels
     layout.v_levels(pages)[:] = delta.v.levels
-    for page in range(pages.shape[0]):
-        ranks = slice(page * PAGE_RANKS, min((page + 1) * PAGE_RANKS, delta.rank))
-        count = ranks.stop - ranks.start
-        layout.s(pages)[page, :count] = delta.s[ranks]
-        layout.v_codes(pages)[page, :count, : delta.v.codes.shape[1]] = delta.v.codes[ranks]
-        layout.u_codes(pages)[page, :count, : delta.u.codes.shape[1]] = delta.u.codes[ranks]
+    layout.s(pages)[:] = _padded(delta.s, count * PAGE_RANKS).unflatten(0, (count, PAGE_RANKS))
+    v = torch.nn.functional.pad(delta.v.codes, (0, layout.v_count * 4 - delta.v.codes.shape[1]))
+    v = _padded(v, count * PAGE_RANKS).reshape(count, PAGE_RANKS, layout.v_count, 4)
+    layout.v_tiles(pages)[:] = v.transpose(1, 2)
+    u = torch.nn.functional.pad(unpack(delta.u.codes, delta.u.n), (0, layout.u_count * layout.TILE_LANES - delta.u.n))
+    u = _padded(u, count * PAGE_RANKS).reshape(count, PAGE_RANKS, layout.u_count, layout.TILE_LANES)
+    layout.u_tiles(pages)[:] = pack(u.permute(0, 2, 3, 1))
     return pages
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """Zeros below, up to ``count`` rows."""
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
 def from_pages(layout: PageLayout, pages: Tensor, weights: Tensor) -> DeltaSum:
@@ -348,19 +370,20 @@ def from_pages(layout: PageLayout, pages: Tensor, weights: Tensor) -> DeltaSum:
         pages: uint8 ``[P, nbytes]``, P at least 1.
         weights: float32 ``[P]``.
     """
-    u_codes, v_codes = layout.u_codes(pages), layout.v_codes(pages)
-    u_levels, v_levels = layout.u_levels(pages), layout.v_levels(pages)
-    return DeltaSum(
-        tuple(
-            LowRankDelta(
-                CodedMatrix(u_codes[page, :, : packed_size(layout.n)].clone(), u_levels[page].clone(), layout.n),
-                layout.s(pages)[page] * weights[page],
-                CodedMatrix(v_codes[page, :, : packed_size(layout.k)].clone(), v_levels[page].clone(), layout.k),
-                (layout.n, layout.k),
-            )
-            for page in range(pages.shape[0])
+    v_codes = layout.v_tiles(pages).transpose(1, 2).flatten(2)[..., : packed_size(layout.k)]
+    u_codes = pack(unpack(layout.u_tiles(pages).flatten(1, 2), PAGE_RANKS)[:, : layout.n].transpose(1, 2))
+    u_levels, v_levels = layout.u_levels(pages).clone(), layout.v_levels(pages).clone()
+    s = layout.s(pages) * weights[:, None]
+    terms = (
+        LowRankDelta(
+            CodedMatrix(u_codes[page], u_levels[page], layout.n),
+            s[page],
+            CodedMatrix(v_codes[page].contiguous(), v_levels[page], layout.k),
+            (layout.n, layout.k),
         )
+        for page in range(pages.shape[0])
     )
+    return DeltaSum(tuple(terms))
 
 
 @dataclass(frozen=True)
@@ -384,6 +407,10 @@ class VectorPageLayout:
     def codes(self, pages: Tensor) -> Tensor:
         """uint8 view ``[P, ceil(n / 4)]``."""
         return pages[:, self.CODES_OFFSET : self.CODES_OFFSET + packed_size(self.n)]
+
+    def values(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        """The vectors ``[P, n]``."""
+        return _dequantize_rows(self.codes(pages).unsqueeze(1), self.levels(pages).to(dtype))[:, : self.n]
 
 
 def to_vector_pages(vector: CodedVector | DeltaSum) -> Tensor:

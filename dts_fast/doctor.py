@@ -30,6 +30,7 @@ def diagnose() -> dict[str, object]:
         "triton": _version("triton"),
         "transformers": _version("transformers"),
         "compiler": compiler,
+        "cpu_isa": native.MODULE.cpu_isa() if native.MODULE else None,
         "cpu_features": native.MODULE.cpu_features() if native.MODULE else None,
         "extension": native.MODULE.build_info() if native.MODULE else None,
         "backends": _backends(compiler),
@@ -37,17 +38,18 @@ def diagnose() -> dict[str, object]:
 
 
 def _backends(compiler: str | None) -> list[dict[str, object]]:
-    has_cpu_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("dts_fast::linear", "CPU")
     has_cuda_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("dts_fast::linear", "CUDA")
     if native.MODULE is None:
-        cpu_reason = f"the extension is {native.REASON}"
-        mend = _REBUILD if compiler else f"install a C++ compiler, then {_REBUILD}"
+        cpu_reason, mend = (
+            f"the extension is {native.REASON}",
+            _REBUILD if compiler else f"install a C++ compiler, then {_REBUILD}",
+        )
     else:
-        cpu_reason, mend = "this release has no CPU kernels yet; the extension is loaded", None
+        cpu_reason, mend = f"{native.MODULE.cpu_isa()}; for CPU tensors", None
     gpu_reason = "no GPU kernels in this release" if torch.cuda.is_available() else "no CUDA device here"
     return [
         _backend("plain torch", True, "serves every device that no kernel below serves", None),
-        _backend("CPU C++", has_cpu_kernel, None if has_cpu_kernel else cpu_reason, None if has_cpu_kernel else mend),
+        _backend("CPU C++", native.MODULE is not None, cpu_reason, mend),
         _backend("CUDA C++", has_cuda_kernel, None if has_cuda_kernel else gpu_reason, None),
         _backend("Triton", False, gpu_reason, None),
     ]

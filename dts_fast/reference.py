@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .codes import PAGE_RANKS, PageLayout, VectorPageLayout, dequantize_pages
+from .codes import PAGE_RANKS, PageLayout, VectorPageLayout
 
 
 def linear(
@@ -106,7 +106,7 @@ def vector_delta(
     table = torch.zeros(slots + 1, n, dtype=dtype, device=slot_ids.device)
     if pages.shape[0]:
         index = slot_pages.clamp_min(0).flatten().long()  # unused entries have weight 0
-        values = dequantize_pages(layout.codes(pages)[index].unsqueeze(1), layout.levels(pages)[index].to(dtype), n)
+        values = layout.values(pages[index], dtype)
         weights = slot_weights.masked_fill(slot_pages < 0, 0.0).to(dtype)
         table[:-1] = (values.reshape(slots, length, n) * weights[..., None]).sum(1)
     return table[slot_ids]
@@ -117,10 +117,9 @@ def _slot_factors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All pages of a slot side by side: U ``[R, N]``, s ``[R]`` times the slot's weights, V ``[R, K]``."""
     index = page_list[page_list >= 0].long()
-    u = dequantize_pages(layout.u_codes(pages)[index], layout.u_levels(pages)[index].to(dtype), layout.n)
-    v = dequantize_pages(layout.v_codes(pages)[index], layout.v_levels(pages)[index].to(dtype), layout.k)
-    s = layout.s(pages)[index].to(dtype) * weights[: index.shape[0], None].to(dtype)
-    return u, s.reshape(index.shape[0] * PAGE_RANKS), v
+    listed = pages[index]
+    s = layout.s(listed).to(dtype) * weights[: index.shape[0], None].to(dtype)
+    return layout.u(listed, dtype), s.reshape(index.shape[0] * PAGE_RANKS), layout.v(listed, dtype)
 
 
 def _distinct(slot_ids: Tensor) -> list[int]:

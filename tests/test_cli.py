@@ -110,7 +110,7 @@ def test_doctor_says_why_there_is_no_extension_and_the_mend(monkeypatch):
     monkeypatch.setattr(native, "MODULE", None)
     monkeypatch.setattr(native, "REASON", "not built")
     cpu = next(b for b in diagnose()["backends"] if b["name"] == "CPU C++")
-    if not cpu["used"]:
-        assert cpu["reason"] == "the extension is not built"
-        assert "pip install --no-build-isolation" in cpu["mend"]
+    assert not cpu["used"]
+    assert cpu["reason"] == "the extension is not built"
+    assert "pip install --no-build-isolation" in cpu["mend"]
     assert "pip install" in render(diagnose())

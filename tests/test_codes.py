@@ -8,6 +8,7 @@ from dts_fast.codes import (
     PageLayout,
     VectorPageLayout,
     dequantize,
+    from_pages,
     matrix_shape,
     num_pages,
     pack,
@@ -83,24 +84,42 @@ def test_pages_hold_the_delta(n, k, rank):
     delta = LowRankDelta(random_matrix(n, rank), torch.randn(rank), random_matrix(k, rank), (n, k))
     layout, pages = PageLayout(n, k), to_pages(delta)
     assert pages.shape == (num_pages(rank), layout.nbytes)
-    assert layout.nbytes % 128 == layout.u_offset % 16 == layout.u_stride % 16 == 0
+    assert layout.nbytes % 128 == layout.u_offset % 64 == 0
     s = layout.s(pages).flatten()
     assert torch.equal(s[:rank], delta.s)
     assert torch.equal(s[rank:], torch.zeros(len(s) - rank))
-    u = layout.u_codes(pages).flatten(0, 1)[:rank, : packed_size(n)]
-    v = layout.v_codes(pages).flatten(0, 1)[:rank, : packed_size(k)]
-    assert torch.equal(u, delta.u.codes)
-    assert torch.equal(v, delta.v.codes)
+    assert torch.equal(layout.u(pages, torch.float32)[:rank], delta.u.dequantize().t())
+    assert torch.equal(layout.v(pages, torch.float32)[:rank], delta.v.dequantize().t())
+    if rank:
+        back = from_pages(layout, pages, torch.full((len(pages),), 2.0))
+        assert torch.equal(torch.cat([term.u.codes for term in back.terms])[:rank], delta.u.codes)
+        assert torch.equal(torch.cat([term.v.codes for term in back.terms])[:rank], delta.v.codes)
+        torch.testing.assert_close(back.dequantize(), 2 * delta.dequantize())
     for page in range(num_pages(rank)):
         assert torch.equal(layout.u_levels(pages)[page], delta.u.levels)
         assert torch.equal(layout.v_levels(pages)[page], delta.v.levels)
 
 
 def test_page_layout_by_hand():
-    # N = 100 takes 25 bytes a rank, padded to 32; K = 33 takes 9, padded to 16.
+    # N = 100 takes 7 tiles of 16 outputs, K = 33 takes 3 of 16 inputs.
     layout = PageLayout(100, 33)
-    assert (layout.v_stride, layout.u_stride, layout.u_offset) == (16, 32, 128 + 16 * 16)
-    assert layout.nbytes == 128 + 16 * 16 + 16 * 32
+    assert (layout.u_count, layout.v_count, layout.u_offset) == (7, 3, 128 + 3 * 64)
+    assert layout.nbytes == 768  # 128 + 3 * 64 + 7 * 64, in steps of 128
+
+
+def test_a_tile_by_hand():
+    """Word of lane r in V's tile t: codes of inputs 16 t to 16 t + 15 of rank r, two bits each; U's likewise, with
+    outputs as lanes and ranks along the word."""
+    n, k, rank = 20, 33, 18
+    u, v = (torch.randint(0, 4, (rank, size), dtype=torch.uint8) for size in (n, k))
+    levels = torch.randn(4)
+    delta = LowRankDelta(CodedMatrix(pack(u), levels, n), torch.randn(rank), CodedMatrix(pack(v), levels, k), (n, k))
+    layout, pages = PageLayout(n, k), to_pages(delta)
+    v_words = layout.v_tiles(pages).contiguous().view(torch.int32)[..., 0].long() & 0xFFFFFFFF
+    u_words = layout.u_tiles(pages).contiguous().view(torch.int32)[..., 0].long() & 0xFFFFFFFF
+    for r in range(rank):
+        assert [int(v_words[r // 16, i // 16, r % 16]) >> 2 * (i % 16) & 3 for i in range(k)] == v[r].tolist()
+        assert [int(u_words[r // 16, j // 16, j % 16]) >> 2 * (r % 16) & 3 for j in range(n)] == u[r].tolist()
 
 
 def test_vector_page_holds_the_vector():

@@ -78,3 +78,24 @@ def test_an_unknown_build_choice_is_refused():
     )  # fmt: skip
     assert done.returncode != 0
     assert "auto, cpu, none" in done.stderr
+
+
+@pytest.mark.skipif(native.MODULE is None, reason=f"extension {native.REASON}")
+@pytest.mark.parametrize("isa", [*(native.MODULE.cpu_isas() if native.MODULE else []), "mmx"])
+def test_the_environment_chooses_the_instruction_set(isa):
+    code = """
+import torch
+from dts_fast import DTSLinear, fit, native, route
+layer = DTSLinear(torch.nn.Linear(8, 8))
+layer.load_adapter("a", fit(torch.randn(8, 8), rank=2))
+with route("a"):
+    layer(torch.ones(2, 8))
+print(native.MODULE.cpu_isa())
+"""
+    environment = os.environ | {"DTS_FAST_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if isa == "mmx":
+        assert done.returncode != 0
+        assert "'mmx' is unknown or cannot run here" in done.stderr
+    else:
+        assert done.stdout.strip() == isa, done.stderr

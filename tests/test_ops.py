@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from dts_fast import ops, reference
+from dts_fast import native, ops, reference
 from dts_fast.bank import Bank
 from dts_fast.codes import CodedMatrix, LowRankDelta, PageLayout, from_pages, pack, to_pages
 
@@ -21,9 +23,25 @@ class Backend:
     add_delta_: object
 
 
+def on_isa(isa: str, op):
+    """An op of the native CPU backend on one of the instruction sets that run here."""
+
+    def run(*args, **kwargs):
+        before = native.MODULE.cpu_isa()
+        native.MODULE._set_cpu_isa(isa)
+        try:
+            return op(*args, **kwargs)
+        finally:
+            native.MODULE._set_cpu_isa(before)
+
+    return run
+
+
+ISAS = native.MODULE.cpu_isas() if native.MODULE else []
 BACKENDS = {
     "plain": Backend(reference.linear, reference.add_delta_),
     "registered": Backend(ops.linear, ops.add_delta_),
+    **{f"cpu {isa}": Backend(on_isa(isa, ops.linear), on_isa(isa, ops.add_delta_)) for isa in ISAS},
 }
 
 
@@ -68,6 +86,9 @@ SHAPES = [
     (7, 1, 1, [1]),
     (32, 1000, 130, [48, 5, 17]),
     (0, 40, 24, [8]),
+    (1, 100, 70, [35]),  # one row: lookups of pairs
+    (3, 1100, 20, [17]),
+    (70, 65, 33, [20, 16]),  # more rows than are in flight together
 ]
 
 
@@ -150,7 +171,10 @@ def test_base_rows_are_the_plain_linear(backend, dtype):
     x, weight = torch.randn(5, 20).to(dtype), torch.randn(24, 20).to(dtype)
     slot_ids = torch.full((5,), -1, dtype=torch.int32)
     y = BACKENDS[backend].linear(x, weight, None, *bank.tensors, slot_ids)
-    assert torch.equal(y, torch.nn.functional.linear(x, weight))
+    mixed = BACKENDS[backend].linear(x, weight, None, *bank.tensors, torch.tensor([-1, 0, 0, 0, -1]).int())
+    assert torch.equal(y[[0, 4]], mixed[[0, 4]])
+    # Float32 sums over 20 terms in another order, and one rounding.
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight), rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -255,3 +279,29 @@ def test_bad_arguments_are_refused(case):
         if arguments["x"].dim() == 2:
             with pytest.raises(ValueError, match=r"expected"):
                 ops.add_delta_(y, **arguments)
+
+
+@st.composite
+def calls(draw):
+    """Arguments of any legal call: shapes, dtypes, strides, ranks and compositions."""
+    m, n, k = draw(st.integers(0, 70)), draw(st.integers(1, 90)), draw(st.integers(1, 150))
+    ranks = draw(st.lists(st.integers(0, 40), min_size=1, max_size=4))
+    slots = draw(st.lists(st.integers(-1, len(ranks) + 1), min_size=m, max_size=m))
+    return m, n, k, ranks, slots, draw(st.sampled_from(DTYPES)), draw(st.booleans()), draw(st.integers(0, 2**31))
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "plain"])
+@settings(max_examples=40, deadline=None)
+@given(call=calls())
+def test_any_legal_call(backend, call):
+    m, n, k, ranks, slots, dtype, strided, seed = call
+    torch.manual_seed(seed)
+    bank, _ = make_bank(n, k, ranks)
+    x = torch.randn(k, m).t() if strided else torch.randn(m, 2 * k)[:, :k]
+    weight = torch.randn(n, k + 3)[:, 3:] / k**0.5
+    x, weight, slot_ids = x.to(dtype), weight.to(dtype), torch.tensor(slots, dtype=torch.int32)
+    y = BACKENDS[backend].linear(x, weight, None, *bank.tensors, slot_ids)
+    truth = reference.linear(x.double(), weight.double(), None, *bank.tensors, slot_ids)
+    base = x.double() @ weight.double().t()
+    magnitude = x.double().abs() @ weight.double().abs().t() + (truth - base).abs() + x.double().abs().sum(1)[:, None]
+    within_rounding(y, truth, base, magnitude)

@@ -1,5 +1,7 @@
 // AVX2 with fused multiply-add and half-precision conversion (Haswell, Zen, and newer).
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstring>
 
 #include "kernels.h"
@@ -14,11 +16,58 @@
 
 namespace dts_fast::cpu {
 namespace {
+
 constexpr int kLanes = 8;
+constexpr int kSums = 8;
+constexpr int64_t kRange = 1024;
+constexpr int kMostRows = 4;
+
+#include "types.inc"
+
+inline float widened(Half value) { return _cvtsh_ss(value.bits); }
+
+template <>
+inline Half narrow<Half>(float value) {
+  return {_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)};
+}
+
+inline Vec load(const Half* p) {
+  return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+// The four levels in each half: vpermilps looks up within halves, by the two lowest bits of each lane.
+typedef Vec Table;
+
+inline Table table_of(const float* levels) {
+  return reinterpret_cast<Table>(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(levels)));
+}
+
+inline Vec lookup(Table table, Word codes) {
+  return reinterpret_cast<Vec>(_mm256_permutevar_ps(reinterpret_cast<__m256>(table), reinterpret_cast<__m256i>(codes)));
+}
+
+// Keeps the compiler from loading the value again for each use.
+inline void in_register(Vec& value) { __asm__("" : "+x"(value)); }
+
+#include "dense.inc"
 #include "descend.inc"
+#include "lowrank.inc"
+
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", descend};
+const Kernels kAvx2 = {
+    "avx2",
+    {widen<float>, widen<Half>, widen<BFloat16>},
+    {pack<float>, pack<Half>, pack<BFloat16>},
+    {dense<float>, dense<Half>, dense<BFloat16>},
+    shrink,
+    expand,
+    nullptr,
+    nullptr,
+    {store<float>, store<Half>, store<BFloat16>},
+    {add<float>, add<Half>, add<BFloat16>},
+    descend,
+};
 
 }  // namespace dts_fast::cpu
 

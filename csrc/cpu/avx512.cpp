@@ -1,5 +1,7 @@
 // AVX-512 F, BW, VL and DQ (Skylake-X, Zen 4, and newer).
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstring>
 
 #include "kernels.h"
@@ -15,11 +17,60 @@
 
 namespace dts_fast::cpu {
 namespace {
+
 constexpr int kLanes = 16;
+constexpr int kSums = 8;
+constexpr int64_t kRange = 1024;
+constexpr int kMostRows = 16;
+
+#include "types.inc"
+
+inline float widened(Half value) { return _cvtsh_ss(value.bits); }
+
+template <>
+inline Half narrow<Half>(float value) {
+  return {_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)};
+}
+
+inline Vec load(const Half* p) {
+  return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+
+// The four levels four times: vpermps looks at the four lowest bits of each lane, of which two are the code.
+typedef Vec Table;
+
+inline Vec lookup(Vec table, Word codes) {
+  return reinterpret_cast<Vec>(
+      _mm512_permutexvar_ps(reinterpret_cast<__m512i>(codes), reinterpret_cast<__m512>(table)));
+}
+
+inline Table table_of(const float* levels) {
+  return reinterpret_cast<Table>(_mm512_broadcast_f32x4(_mm_loadu_ps(levels)));
+}
+
+// Keeps the compiler from loading the value again for each use.
+inline void in_register(Vec& value) { __asm__("" : "+v"(value)); }
+
+#include "dense.inc"
 #include "descend.inc"
+#include "lowrank.inc"
+#include "pairs.inc"
+
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", descend};
+const Kernels kAvx512 = {
+    "avx512",
+    {widen<float>, widen<Half>, widen<BFloat16>},
+    {pack<float>, pack<Half>, pack<BFloat16>},
+    {dense<float>, dense<Half>, dense<BFloat16>},
+    shrink,
+    expand,
+    shrink_one,
+    expand_one,
+    {store<float>, store<Half>, store<BFloat16>},
+    {add<float>, add<Half>, add<BFloat16>},
+    descend,
+};
 
 }  // namespace dts_fast::cpu
 

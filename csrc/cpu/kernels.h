@@ -4,13 +4,43 @@
 // *.inc files that each instruction set's file includes within a namespace of its own, compiled for its own target.
 // They call nothing of the standard library but memcpy: a template instantiated there would be the one that all files
 // share.
+//
+// Shapes: M rows, N out, K in. A tile of codes is 64 bytes, 16 lanes of 16 codes each (dts_fast/codes.py, PageLayout).
 #pragma once
 
 #include <cstdint>
 
 namespace dts_fast::cpu {
 
-// One side of a fit: rows [r, n] take the levels that minimise the quadratic form of `gram` (fit.py, fit_refined).
+constexpr int64_t kTile = 16;  // lanes of a tile, codes of a lane, ranks of a page
+constexpr int64_t kTileBytes = 64;
+
+// Where the parts of a rank page lie (dts_fast/codes.py, PageLayout).
+constexpr int64_t kScalesOffset = 0;
+constexpr int64_t kULevelsOffset = 64;
+constexpr int64_t kVLevelsOffset = 80;
+constexpr int64_t kVOffset = 128;
+
+enum DType { kFloat32, kFloat16, kBFloat16, kDTypes };
+
+// Rows of input are widened to float32, and zero from K to the next multiple of kPad.
+constexpr int64_t kPad = 32;
+
+// A page of an adapter and what its delta is multiplied with.
+struct Page {
+  const uint8_t* data;
+  float weight;
+};
+
+// Where a factor lies in a page. Along the sum (V in a shrink, U in an expand) the codes of a lane's word are steps of
+// the sum; across it (the transposed op) they are results.
+struct Factor {
+  int64_t tiles;   // offset of its tiles
+  int64_t levels;  // offset of its levels
+  bool across;
+};
+
+// One side of a fit: rows [r, n] take the levels that minimise the quadratic form of `gram` (fit.py, refine).
 struct Descent {
   float* rows;             // [r, n] in and out
   const float* target;     // [r, n] gram @ optimum
@@ -27,8 +57,43 @@ constexpr int64_t kDescentColumns = 64;
 // Floats of scratch, aligned to 64 bytes, that one call of Kernels::descend uses.
 constexpr int64_t descent_scratch(int64_t rank) { return (2 * rank + 1) * kDescentColumns + rank * (rank + 1); }
 
+// All sums are taken in float32, and in the same order for a row whatever the other rows are.
 struct Kernels {
   const char* name;
+
+  // out[i] = in[i] in float32.
+  void (*widen[kDTypes])(const void* in, float* out, int64_t count);
+
+  // Widened rows `stride` elements apart (a multiple of kPad) in the order in which `dense` takes them, out [rows,
+  // stride]. Only those of the groups that start at rows first <= m < last; several calls may share the work.
+  void (*pack[kDTypes])(const float* wide, int64_t stride, int64_t rows, int64_t first, int64_t last, float* out);
+
+  // tile[m, j] = sum over k of x[m, k] weight[first + j, k], for the outputs first <= first + j < last of `weight`
+  // [N, K] with rows `stride` elements apart; x is packed. tile [rows, tile_stride] is written.
+  void (*dense[kDTypes])(const float* packed, int64_t row_stride, int64_t rows, const void* weight, int64_t stride,
+                         int64_t k, int64_t first, int64_t last, float* tile, int64_t tile_stride);
+
+  // h[m, 16 p + r] = weight_p s_p[r] times the sum over i < size of x[m, i] F_p[i, r], for pages p of `count`. Rows of
+  // x are zero from `size` to the next multiple of 16.
+  void (*shrink)(const Factor& factor, const float* x, int64_t x_stride, int64_t rows, int64_t size, const Page* pages,
+                 int64_t count, float* h, int64_t h_stride);
+
+  // tile[m, j] += sum over p, r of h[m, 16 p + r] F_p[first + j, r] for first <= first + j < last; first is a multiple
+  // of 16, and the rows of tile are padded to one.
+  void (*expand)(const Factor& factor, const float* h, int64_t h_stride, int64_t rows, const Page* pages, int64_t count,
+                 int64_t first, int64_t last, float* tile, int64_t tile_stride);
+
+  // The same for a batch of one row, and factors along the sum; null where the others are as good.
+  void (*shrink_one)(const Factor& factor, const float* x, int64_t size, const Page* pages, int64_t count, float* h);
+  void (*expand_one)(const Factor& factor, const float* h, const Page* pages, int64_t count, int64_t first,
+                     int64_t last, float* tile);
+
+  // y[m][first + j] = tile[m, j] + bias[first + j] (bias may be null), and y[m][first + j] += tile[m, j].
+  void (*store[kDTypes])(const float* tile, int64_t tile_stride, int64_t rows, const void* bias, void* const* y,
+                         int64_t first, int64_t last);
+  void (*add[kDTypes])(const float* tile, int64_t tile_stride, int64_t rows, void* const* y, int64_t first,
+                       int64_t last);
+
   // Columns [first, last) of a descent; columns are independent of each other.
   void (*descend)(const Descent& problem, int64_t first, int64_t last, float* scratch);
 };

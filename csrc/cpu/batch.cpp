@@ -1,0 +1,250 @@
+#include "batch.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <vector>
+
+namespace dts_fast::cpu {
+
+namespace {
+
+constexpr int64_t kElementSize[kDTypes] = {4, 2, 2};
+
+// Rows of one call that are in flight together: their inputs in float32 stay in the second-level cache.
+constexpr int64_t kMostRows = 64;
+// Outputs of a block, whose sums stay in the first-level cache; more for one row, whose tables then serve more outputs.
+constexpr int64_t kBlock = 64;
+constexpr int64_t kBlockOfOne = 256;
+// Pages and rows of one task of a shrink.
+constexpr int64_t kTaskPages = 8;
+constexpr int64_t kTaskRows = 32;
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Not initialised, and aligned to a cache line.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats)
+      : memory_(static_cast<float*>(std::aligned_alloc(64, round_up(std::max<int64_t>(floats, 1) * 4, 64)))) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  float* get() const { return memory_.get(); }
+
+ private:
+  std::unique_ptr<float, Free> memory_;
+};
+
+// Rows with the same slot.
+struct Group {
+  int64_t first, rows;  // in the sorted order
+  int64_t page, pages;  // its pages, in the list of all groups'
+  int64_t h;            // offset of its h [rows, 16 pages]
+};
+
+struct Task {
+  int64_t group, row, rows, page, pages;
+};
+
+class Batch {
+ public:
+  Batch(const Problem& p, const Kernels& kernels, int64_t first_row, int64_t rows)
+      : p_(p), kernels_(kernels), rows_(rows), wide_stride_(round_up(p.k, kPad)) {
+    const int32_t* const ids = p.bank.slot_ids + first_row;
+    std::vector<int64_t> order(rows);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
+    const int64_t size = kElementSize[p.dtype];
+    for (int64_t row : order) {
+      x_.push_back(static_cast<const char*>(p.x) + (first_row + row) * p.x_stride * size);
+      y_.push_back(static_cast<char*>(p.y) + (first_row + row) * p.y_stride * size);
+    }
+    for (int64_t m = 0; m < rows;) {
+      const int32_t slot = ids[order[m]];
+      int64_t end = m + 1;
+      while (end < rows && ids[order[end]] == slot) ++end;
+      const int64_t page = pages_.size();
+      for (int64_t i = 0; slot >= 0 && i < p.bank.list_length; ++i) {
+        const int64_t at = slot * p.bank.list_length + i;
+        if (p.bank.slot_pages[at] < 0) break;
+        pages_.push_back({p.bank.pages + p.bank.slot_pages[at] * p.bank.page_nbytes, p.bank.slot_weights[at]});
+      }
+      const int64_t pages = static_cast<int64_t>(pages_.size()) - page;
+      if (pages) {
+        groups_.push_back({m, end - m, page, pages, h_size_});
+        h_size_ += (end - m) * pages * kTile;
+      }
+      m = end;
+    }
+    // V is [K, r] and U [N, r] of the layer; the transposed op has them change places.
+    const int64_t v_size = p.transpose ? p.n : p.k;
+    const Factor v = {kVOffset, kVLevelsOffset, p.transpose};
+    const Factor u = {kVOffset + round_up(v_size, kTile) / kTile * kTileBytes, kULevelsOffset, p.transpose};
+    shrink_ = p.transpose ? u : v;
+    expand_ = p.transpose ? v : u;
+  }
+
+  void run(int threads, const ParallelFor& parallel_for) {
+    const bool as_is = p_.dtype == kFloat32 && p_.k % kPad == 0 && contiguous();
+    const Scratch h(h_size_), wide(as_is ? 0 : rows_ * wide_stride_), packed(p_.weight ? rows_ * wide_stride_ : 0);
+    if (as_is) {
+      wide_ = static_cast<const float*>(x_[0]);
+    } else {
+      widen_rows(wide.get());
+      wide_ = wide.get();
+    }
+    packed_ = packed.get();
+    // The inputs of both products: h, and x as the dense kernels want it.
+    const std::vector<Task> tasks = shrink_tasks(threads);
+    const int64_t packs = p_.weight ? (rows_ + kTaskRows - 1) / kTaskRows : 0, count = tasks.size() + packs;
+    const auto inputs = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (i < packs) {
+          kernels_.pack[p_.dtype](wide_, wide_stride_, rows_, i * kTaskRows, (i + 1) * kTaskRows, packed_);
+        } else {
+          run_task(tasks[i - packs], h.get());
+        }
+      }
+    };
+    const int64_t tiles = round_up(p_.n, kTile) / kTile;
+    const auto outputs = [&](int64_t begin, int64_t end) {
+      run_outputs(begin * kTile, std::min(end * kTile, p_.n), h.get());
+    };
+    // A small call is done before other threads would have woken up.
+    if (work() < kSmall) {
+      inputs(0, count);
+      outputs(0, tiles);
+    } else {
+      parallel_for(count, inputs);
+      parallel_for(tiles, outputs);
+    }
+  }
+
+ private:
+  // Multiplications below which one thread does all.
+  static constexpr int64_t kSmall = 1 << 16;
+
+  int64_t work() const {
+    int64_t total = p_.weight ? rows_ * p_.n * p_.k : 0;
+    for (const Group& group : groups_) total += group.rows * group.pages * kTile * (p_.n + p_.k);
+    return total;
+  }
+
+  // Whether the sorted rows lie in memory one right after another; float32 ones are then used where they are.
+  bool contiguous() const {
+    for (int64_t m = 1; m < rows_; ++m) {
+      if (static_cast<const char*>(x_[m]) - static_cast<const char*>(x_[m - 1]) != p_.k * 4) return false;
+    }
+    return true;
+  }
+
+  void widen_rows(float* wide) const {
+    for (int64_t m = 0; m < rows_; ++m) {
+      float* const row = wide + m * wide_stride_;
+      kernels_.widen[p_.dtype](x_[m], row, p_.k);
+      std::fill(row + p_.k, row + wide_stride_, 0.0f);
+    }
+  }
+
+  std::vector<Task> shrink_tasks(int threads) const {
+    std::vector<Task> tasks;
+    for (int64_t g = 0; g < static_cast<int64_t>(groups_.size()); ++g) {
+      const Group& group = groups_[g];
+      // Few adapters are divided so that every thread has a part.
+      const int64_t parts = std::max<int64_t>((group.pages + kTaskPages - 1) / kTaskPages,
+                                              std::min<int64_t>(group.pages, threads / groups_.size()));
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t page = group.pages * part / parts, end = group.pages * (part + 1) / parts;
+        for (int64_t row = 0; row < group.rows; row += kTaskRows) {
+          tasks.push_back({g, row, std::min(kTaskRows, group.rows - row), page, end - page});
+        }
+      }
+    }
+    return tasks;
+  }
+
+  bool one() const { return p_.m == 1 && !p_.transpose && kernels_.shrink_one; }
+
+  void run_task(const Task& task, float* h) const {
+    const Group& group = groups_[task.group];
+    const float* const x = wide_ + (group.first + task.row) * wide_stride_;
+    const Page* const pages = pages_.data() + group.page + task.page;
+    const int64_t h_stride = group.pages * kTile;
+    float* const out = h + group.h + task.row * h_stride + task.page * kTile;
+    if (one()) {
+      kernels_.shrink_one(shrink_, x, p_.k, pages, task.pages, out);
+    } else {
+      kernels_.shrink(shrink_, x, wide_stride_, task.rows, p_.k, pages, task.pages, out, h_stride);
+    }
+  }
+
+  void run_outputs(int64_t first, int64_t last, const float* h) const {
+    const int64_t block = rows_ == 1 ? kBlockOfOne : kBlock;
+    const Scratch tile(rows_ * block);
+    for (int64_t n = first; n < last; n += block) {
+      const int64_t end = std::min(n + block, last);
+      if (p_.weight) {
+        kernels_.dense[p_.dtype](packed_, wide_stride_, rows_, p_.weight, p_.weight_stride, p_.k, n, end, tile.get(),
+                                 block);
+      } else {
+        std::fill_n(tile.get(), rows_ * block, 0.0f);
+      }
+      for (const Group& group : groups_) {
+        const Page* const pages = pages_.data() + group.page;
+        float* const out = tile.get() + group.first * block;
+        if (one()) {
+          kernels_.expand_one(expand_, h + group.h, pages, group.pages, n, end, out);
+        } else {
+          kernels_.expand(expand_, h + group.h, group.pages * kTile, group.rows, pages, group.pages, n, end, out,
+                          block);
+        }
+      }
+      if (p_.weight) {
+        kernels_.store[p_.dtype](tile.get(), block, rows_, p_.bias, y_.data(), n, end);
+      } else {
+        for (const Group& group : groups_) {
+          kernels_.add[p_.dtype](tile.get() + group.first * block, block, group.rows, y_.data() + group.first, n, end);
+        }
+      }
+    }
+  }
+
+  const Problem& p_;
+  const Kernels& kernels_;
+  const int64_t rows_;
+  int64_t wide_stride_;
+  const float* wide_ = nullptr;
+  float* packed_ = nullptr;
+  std::vector<const void*> x_;
+  std::vector<void*> y_;
+  std::vector<Page> pages_;
+  std::vector<Group> groups_;
+  int64_t h_size_ = 0;
+  Factor shrink_, expand_;
+};
+
+}  // namespace
+
+bool touches(const Problem& p) {
+  if (!p.bank.list_length) return false;
+  for (int64_t m = 0; m < p.m; ++m) {
+    const int32_t slot = p.bank.slot_ids[m];
+    if (slot >= 0 && p.bank.slot_pages[slot * p.bank.list_length] >= 0) return true;
+  }
+  return false;
+}
+
+void run(const Problem& p, const Kernels& kernels, int threads, const ParallelFor& parallel_for) {
+  if (p.n == 0) return;
+  for (int64_t row = 0; row < p.m; row += kMostRows) {
+    Batch(p, kernels, row, std::min(kMostRows, p.m - row)).run(threads, parallel_for);
+  }
+}
+
+}  // namespace dts_fast::cpu
