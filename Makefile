@@ -1,11 +1,12 @@
 # make demo   set up and run the main job      make test   set up and run all tests
 # make lint   check formatting                 make format apply it
+# make bench  time the ops beside their peers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dts-fast demo $(ARGS)
@@ -22,6 +23,9 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/bench_ops.py $(ARGS)
 
 # The build tools and torch first: the extension is built against the torch that runs it (--no-build-isolation).
 $(VENV)/.dependencies: pyproject.toml constraints.txt

@@ -212,6 +212,49 @@ def demo(out, steps, seed) -> None:
 
 
 @main.command()
+@click.option("--model", "models", multiple=True, metavar="NAME", help="Layers of this model; several may be given.")
+@click.option("--rows", "rows", type=int, multiple=True, metavar="M", help="Rows of a batch; several may be given.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--share", type=Share(), default=0.01, show_default=True, help="Adapter's bytes over a 16-bit base's.")
+@click.option("--adapters", type=int, default=1, show_default=True, help="How many are loaded.")
+@click.option("--composition", default="identical", show_default=True, help="base, identical, uniform, zipf, distinct.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines, the header first.")
+def bench(models, rows, dtype, share, adapters, composition, as_json) -> None:
+    """Time layers with adapters on this machine, beside the bare linear and other ways to do the same."""
+    import torch
+
+    from .benchmark import COMPOSITIONS, MODELS, Case, measure_roofline, rank_for_share, run_case
+    from .errors import DTSError
+    from .hardware import header
+
+    unknown = [model for model in models if model not in MODELS]
+    if unknown:
+        raise DTSError(f"unknown model {unknown[0]!r}; known: {', '.join(MODELS)}.")
+    if composition not in ("base", *COMPOSITIONS):
+        raise DTSError(f"unknown composition {composition!r}; known: base, {', '.join(COMPOSITIONS)}.")
+    roofline = measure_roofline([getattr(torch, dtype)])
+    if as_json:
+        click.echo(json.dumps({"header": header(), "roofline": dataclasses.asdict(roofline)}))
+    else:
+        click.echo(
+            f"memory {roofline.bytes_per_s / 1e9:.1f} GB/s, products {max(roofline.flops.values()) / 1e9:.0f} GF/s"
+        )
+    for model in models or ["Qwen2.5-0.5B"]:
+        for layer, (n, k) in MODELS[model].items():
+            for m in rows or [1, 8]:
+                rank = rank_for_share(n, k, share)
+                case = Case(n, k, m, getattr(torch, dtype), rank, adapters, composition)
+                for row in run_case(case, roofline):
+                    if as_json:
+                        click.echo(json.dumps({"model": model, "layer": layer, **row}))
+                    else:
+                        click.echo(
+                            f"{model} {layer} {n}x{k} M={m}: {row['candidate']:42} {row['ms']:9.4f} ms  "
+                            f"{row['ratio']:5.2f} x linear  {row['of_floor']:4.0%} of the {row['bound']} floor"
+                        )
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(as_json) -> None:
     """Say which backends are used, why the others are not, and the mend."""

@@ -332,26 +332,38 @@ class DTSLinear(_BankedModule):
             return matrix
         return matrix.t() if isinstance(matrix, Tensor) else matrix.transpose()
 
+    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
+        if self.stored or args or kwargs or input.dim() == 0:
+            return super().forward(input, *args, **kwargs)
+        # What is most often asked, without the general way's questions: a small layer is done in less time than those
+        # take.
+        slots = current_slots(self.slots, input.shape)
+        if isinstance(slots, list) and input.shape[0] == 1:
+            return super().forward(input)
+        return self.forward_fast(slots, input)
+
     def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
+        # Modules' attributes are looked up in several places; these are where they are.
+        layer, bank = self._modules["base_layer"], self._modules["bank"]._buffers
         if not self._touched(slots):
-            return self.base_layer(input)
-        layer, x = self.base_layer, input
-        rows = x.reshape(-1, self.in_features)
-        ids = slot_ids(slots, rows.shape[0], x.device)
+            return layer(input)
+        x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
+        bank = bank["pages"], bank["slot_pages"], bank["slot_weights"]
+        ids = slot_ids(slots, x.shape[0], x.device)
         # A layer that accelerate moves or offloads must run itself, or its hooks do not.
-        if type(layer) is nn.Linear and not hasattr(layer, "_hf_hook"):
+        if type(layer) is nn.Linear and "_hf_hook" not in layer.__dict__:
             weight, bias = layer.weight, layer.bias
             if torch.is_autocast_enabled(x.device.type):
                 dtype = torch.get_autocast_dtype(x.device.type)
-                rows, weight, bias = (t if t is None else t.to(dtype) for t in (rows, weight, bias))
-            y = ops.linear(rows, weight, bias, *self.bank.tensors, ids)
+                x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+            y = ops.linear(x, weight, bias, *bank, ids)
         else:
-            y = layer(x).reshape(-1, self.out_features)
-            ops.add_delta_(y, rows.to(y.dtype), *self.bank.tensors, ids)
-        if self._touches_bias(slots):
+            y = layer(input).reshape(-1, self.out_features)
+            ops.add_delta_(y, x.to(y.dtype), *bank, ids)
+        if self.bias_bank is not None and self._touches_bias(slots):
             delta = reference.vector_delta(self.out_features, *self.bias_bank.tensors, ids)
             y = (y + delta).to(y.dtype)
-        return y.unflatten(0, x.shape[:-1])
+        return y if input.dim() == 2 else y.unflatten(0, input.shape[:-1])
 
 
 class DTSEmbedding(_BankedModule):

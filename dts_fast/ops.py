@@ -51,7 +51,10 @@ def linear(
         ValueError: shapes, dtypes or devices that do not fit; a slot out of range (checked on the CPU only, where it
             costs no synchronisation).
     """
-    return torch.ops.dts_fast.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.ops.dts_fast.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
+    with torch._C._AutoDispatchBelowAutograd():  # its Python part takes longer than a small layer
+        return torch.ops.dts_fast.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
 
 
 def add_delta_(

@@ -119,7 +119,28 @@ def narrowed(rows: Sequence[int]) -> route:
 
 
 def slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
-    """int32 ``[rows]`` for the ops; each of the slots stands for ``rows / len(slots)`` neighbouring rows."""
+    """int32 ``[rows]`` for the ops; each of the slots stands for ``rows / len(slots)`` neighbouring rows. Not to be
+    written to: the layers of a model share it."""
+    if torch.compiler.is_compiling() or rows > _MOST_CACHED_ROWS:
+        return _make_slot_ids(slots, rows, device)
+    key = slots if isinstance(slots, int) else tuple(slots), rows, device
+    ids = _SLOT_IDS.get(key)
+    if ids is None:
+        if len(_SLOT_IDS) >= _MOST_SLOT_IDS:
+            _SLOT_IDS.clear()
+        # Not an inference tensor, whatever the caller is in: the next one may want gradients.
+        with torch.inference_mode(False):
+            ids = _SLOT_IDS[key] = _make_slot_ids(slots, rows, device)
+    return ids
+
+
+# All layers of a forward pass ask for the same, and so do the steps of a generation.
+_SLOT_IDS: dict[tuple, Tensor] = {}
+_MOST_SLOT_IDS = 256
+_MOST_CACHED_ROWS = 4096
+
+
+def _make_slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
     if isinstance(slots, int):
         return torch.full((rows,), slots, dtype=torch.int32, device=device)
     ids = torch.tensor(slots, dtype=torch.int32)

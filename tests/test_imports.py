@@ -48,6 +48,7 @@ ALLOWED = {
     "bank": {"errors"},
     "routing": {"bank", "errors"},
     "nn": {"bank", "codes", "errors", "mixture", "ops", "reference", "routing"},
+    "benchmark": {"codes", "errors", "nn", "reference", "routing"},
     "model": {
         "adapter_file", "atomic", "bank", "characteristic", "checkpoint", "errors", "fingerprint", "mixture", "nn",
         "routing",
@@ -57,8 +58,8 @@ ALLOWED = {
     "demo_lm": {"errors"},
     "demo": {"adapter_file", "compress", "config", "demo_lm", "errors", "hardware", "model"},
     "cli": {
-        "characteristic", "compress", "config", "demo", "dense", "doctor", "errors", "export", "fuse", "verify",
-        "version",
+        "benchmark", "characteristic", "compress", "config", "demo", "dense", "doctor", "errors", "export", "fuse",
+        "hardware", "verify", "version",
     },
     "__init__": {
         "adapter_file", "characteristic", "codes", "compress", "config", "errors", "fit", "fuse", "model", "nn",

@@ -92,47 +92,56 @@ class Batch {
 
   void run(int threads, const ParallelFor& parallel_for) {
     const bool as_is = p_.dtype == kFloat32 && p_.k % kPad == 0 && contiguous();
-    const Scratch h(h_size_), wide(as_is ? 0 : rows_ * wide_stride_), packed(p_.weight ? rows_ * wide_stride_ : 0);
+    const Scratch wide(as_is ? 0 : rows_ * wide_stride_);
     if (as_is) {
       wide_ = static_cast<const float*>(x_[0]);
     } else {
       widen_rows(wide.get());
       wide_ = wide.get();
     }
-    packed_ = packed.get();
-    // The inputs of both products: h, and x as the dense kernels want it.
-    const std::vector<Task> tasks = shrink_tasks(threads);
-    const int64_t packs = p_.weight ? (rows_ + kTaskRows - 1) / kTaskRows : 0, count = tasks.size() + packs;
-    const auto inputs = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        if (i < packs) {
-          kernels_.pack[p_.dtype](wide_, wide_stride_, rows_, i * kTaskRows, (i + 1) * kTaskRows, packed_);
-        } else {
-          run_task(tasks[i - packs], h.get());
-        }
-      }
-    };
+    make_tasks(threads);
     const int64_t tiles = round_up(p_.n, kTile) / kTile;
-    const auto outputs = [&](int64_t begin, int64_t end) {
-      run_outputs(begin * kTile, std::min(end * kTile, p_.n), h.get());
+    const auto inputs = [&](int64_t begin, int64_t end, const Inputs& in) {
+      for (int64_t i = begin; i < end; ++i) run_task(i, in);
     };
-    // A small call is done before other threads would have woken up.
-    if (work() < kSmall) {
-      inputs(0, count);
-      outputs(0, tiles);
+    const auto outputs = [&](int64_t begin, int64_t end, const Inputs& in) {
+      run_outputs(begin * kTile, std::min(end * kTile, p_.n), in);
+    };
+    const Scratch h(h_size_), packed(p_.weight ? rows_ * wide_stride_ : 0);
+    const Inputs shared = {h.get(), packed.get()};
+    if (work(p_.n) < kSmall) {
+      inputs(0, task_count(), shared);
+      outputs(0, tiles, shared);
+    } else if (work(0) < kRepeated) {
+      // To wait for the other threads' part of the inputs would take longer than to compute them once more.
+      parallel_for(tiles, [&](int64_t begin, int64_t end) {
+        const Scratch own_h(h_size_), own_packed(p_.weight ? rows_ * wide_stride_ : 0);
+        const Inputs own = {own_h.get(), own_packed.get()};
+        inputs(0, task_count(), own);
+        outputs(begin, end, own);
+      });
     } else {
-      parallel_for(count, inputs);
-      parallel_for(tiles, outputs);
+      parallel_for(task_count(), [&](int64_t begin, int64_t end) { inputs(begin, end, shared); });
+      parallel_for(tiles, [&](int64_t begin, int64_t end) { outputs(begin, end, shared); });
     }
   }
 
  private:
-  // Multiplications below which one thread does all.
-  static constexpr int64_t kSmall = 1 << 16;
+  // Multiplications below which one thread does all: it is done before others would have woken up.
+  static constexpr int64_t kSmall = 1 << 17;
+  // Multiplications of the shrinks below which every thread does all of them.
+  static constexpr int64_t kRepeated = 1 << 17;
 
-  int64_t work() const {
-    int64_t total = p_.weight ? rows_ * p_.n * p_.k : 0;
-    for (const Group& group : groups_) total += group.rows * group.pages * kTile * (p_.n + p_.k);
+  // What both products read: h of all groups, and x as the dense kernels want it.
+  struct Inputs {
+    float* h;
+    float* packed;
+  };
+
+  // Of the shrinks, and of what has `outputs` results a row.
+  int64_t work(int64_t outputs) const {
+    int64_t total = p_.weight ? rows_ * outputs * p_.k : 0;
+    for (const Group& group : groups_) total += group.rows * group.pages * kTile * (outputs + p_.k);
     return total;
   }
 
@@ -152,8 +161,8 @@ class Batch {
     }
   }
 
-  std::vector<Task> shrink_tasks(int threads) const {
-    std::vector<Task> tasks;
+  void make_tasks(int threads) {
+    packs_ = p_.weight ? (rows_ + kTaskRows - 1) / kTaskRows : 0;
     for (int64_t g = 0; g < static_cast<int64_t>(groups_.size()); ++g) {
       const Group& group = groups_[g];
       // Few adapters are divided so that every thread has a part.
@@ -162,21 +171,28 @@ class Batch {
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t page = group.pages * part / parts, end = group.pages * (part + 1) / parts;
         for (int64_t row = 0; row < group.rows; row += kTaskRows) {
-          tasks.push_back({g, row, std::min(kTaskRows, group.rows - row), page, end - page});
+          tasks_.push_back({g, row, std::min(kTaskRows, group.rows - row), page, end - page});
         }
       }
     }
-    return tasks;
   }
+
+  int64_t task_count() const { return packs_ + tasks_.size(); }
 
   bool one() const { return p_.m == 1 && !p_.transpose && kernels_.shrink_one; }
 
-  void run_task(const Task& task, float* h) const {
+  void run_task(int64_t index, const Inputs& in) const {
+    if (index < packs_) {
+      const int64_t row = index * kTaskRows;
+      kernels_.pack[p_.dtype](wide_, wide_stride_, rows_, row, row + kTaskRows, in.packed);
+      return;
+    }
+    const Task& task = tasks_[index - packs_];
     const Group& group = groups_[task.group];
     const float* const x = wide_ + (group.first + task.row) * wide_stride_;
     const Page* const pages = pages_.data() + group.page + task.page;
     const int64_t h_stride = group.pages * kTile;
-    float* const out = h + group.h + task.row * h_stride + task.page * kTile;
+    float* const out = in.h + group.h + task.row * h_stride + task.page * kTile;
     if (one()) {
       kernels_.shrink_one(shrink_, x, p_.k, pages, task.pages, out);
     } else {
@@ -184,13 +200,13 @@ class Batch {
     }
   }
 
-  void run_outputs(int64_t first, int64_t last, const float* h) const {
+  void run_outputs(int64_t first, int64_t last, const Inputs& in) const {
     const int64_t block = rows_ == 1 ? kBlockOfOne : kBlock;
     const Scratch tile(rows_ * block);
     for (int64_t n = first; n < last; n += block) {
       const int64_t end = std::min(n + block, last);
       if (p_.weight) {
-        kernels_.dense[p_.dtype](packed_, wide_stride_, rows_, p_.weight, p_.weight_stride, p_.k, n, end, tile.get(),
+        kernels_.dense[p_.dtype](in.packed, wide_stride_, rows_, p_.weight, p_.weight_stride, p_.k, n, end, tile.get(),
                                  block);
       } else {
         std::fill_n(tile.get(), rows_ * block, 0.0f);
@@ -199,9 +215,9 @@ class Batch {
         const Page* const pages = pages_.data() + group.page;
         float* const out = tile.get() + group.first * block;
         if (one()) {
-          kernels_.expand_one(expand_, h + group.h, pages, group.pages, n, end, out);
+          kernels_.expand_one(expand_, in.h + group.h, pages, group.pages, n, end, out);
         } else {
-          kernels_.expand(expand_, h + group.h, group.pages * kTile, group.rows, pages, group.pages, n, end, out,
+          kernels_.expand(expand_, in.h + group.h, group.pages * kTile, group.rows, pages, group.pages, n, end, out,
                           block);
         }
       }
@@ -220,7 +236,8 @@ class Batch {
   const int64_t rows_;
   int64_t wide_stride_;
   const float* wide_ = nullptr;
-  float* packed_ = nullptr;
+  std::vector<Task> tasks_;
+  int64_t packs_ = 0;
   std::vector<const void*> x_;
   std::vector<void*> y_;
   std::vector<Page> pages_;

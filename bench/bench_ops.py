@@ -1,0 +1,163 @@
+"""What a personalised linear layer costs over the bare one: single adapters, mixed and base-only batches, switching.
+
+    python bench/bench_ops.py [--only QUESTION] [--rounds 15] [--out bench/results/ops.jsonl]     (make bench)
+    pytest bench/bench_ops.py                                                  (a few points under pytest-benchmark)
+
+The protocol is dts_fast/benchmark.py's. Adapters take 1 % of a 16-bit base. The file is written as results come, and a
+run that finds a file of the same commit and machine goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from statistics import geometric_mean, median
+
+import pytest
+import torch
+from torch import nn
+
+from dts_fast import DTSLinear, route
+from dts_fast.bank import SlotTable
+from dts_fast.benchmark import (
+    COMPOSITIONS,
+    MODELS,
+    Case,
+    Layers,
+    Roofline,
+    measure_roofline,
+    random_delta,
+    rank_for_share,
+    run_case,
+)
+from dts_fast.hardware import header
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARE = 0.01
+ROWS = (1, 4, 8, 16, 32, 64, 256)
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+LANGUAGE_MODELS = ("Llama-3.1-8B", "Qwen2.5-0.5B")
+
+
+def cases(question: str) -> Iterator[tuple[str, str, Case]]:
+    """(model, layer, case) of a question."""
+    if question == "single":
+        for dtype in DTYPES:
+            for model in (*LANGUAGE_MODELS, "BERT-base") if dtype != torch.float16 else ("Qwen2.5-0.5B",):
+                for layer, (n, k) in MODELS[model].items():
+                    for m in ROWS:
+                        yield model, layer, Case(n, k, m, dtype, rank_for_share(n, k, SHARE))
+    elif question == "mixed":
+        for model in LANGUAGE_MODELS:
+            for layer in ("q,o", "gate,up"):
+                n, k = MODELS[model][layer]
+                rank = rank_for_share(n, k, SHARE)
+                for composition in COMPOSITIONS:
+                    yield model, layer, Case(n, k, 32, torch.bfloat16, rank, 8, composition)
+                yield model, layer, Case(n, k, 32, torch.bfloat16, rank, 32, "distinct")
+    elif question == "base":
+        for model in LANGUAGE_MODELS:
+            for layer, (n, k) in MODELS[model].items():
+                for m in (1, 32):
+                    yield model, layer, Case(n, k, m, torch.bfloat16, rank_for_share(n, k, SHARE), 1, "base")
+
+
+def switching(layers: int = 168) -> dict[str, object]:
+    """Microseconds of ``set_adapter`` and of entering a route, for the 168 linears of a 24-layer model."""
+    slots = SlotTable(2)
+    model = [DTSLinear(nn.Linear(64, 64, bias=False), slots=slots) for _ in range(layers)]
+    for slot, name in enumerate(("a", "b")):
+        delta = random_delta(64, 64, 16)
+        for layer in model:
+            layer.load_slot(slot, {"weight": delta})
+        slots.occupy(name, slot)
+    times: dict[str, list[float]] = {"set_adapter": [], "route": []}
+    for i in range(1000):
+        start = time.perf_counter()
+        model[0].set_adapter("ab"[i % 2])
+        times["set_adapter"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        with route("ab"[i % 2]):
+            times["route"].append(time.perf_counter() - start)
+    return {"layers": layers, **{f"{name}_us": 1e6 * median(t) for name, t in times.items()}}
+
+
+QUESTIONS = ("single", "mixed", "base", "switch")
+
+
+def run(question: str, roofline: Roofline, done: set[str], rounds: int) -> Iterator[dict[str, object]]:
+    if question == "switch":
+        if "switch" not in done:
+            yield {"question": "switch", "key": "switch", **switching()}
+        return
+    for model, layer, case in cases(question):
+        key = f"{question} {model} {layer} {case}"
+        if key not in done:
+            for row in run_case(case, roofline, peers=question != "base", rounds=rounds):
+                yield {"question": question, "key": key, "model": model, "layer": layer, **row}
+
+
+def summary(rows: list[dict]) -> str:
+    """Geometric means of the ratios to F.linear over the layers of a model."""
+    lines = []
+    for question in ("single", "mixed", "base"):
+        mine = [r for r in rows if r["question"] == question and r["candidate"] != "F.linear"]
+        for model, dtype, composition, adapters, m in dict.fromkeys(
+            (r["model"], r["dtype"], r["composition"], r["adapters"], r["m"]) for r in mine
+        ):
+            at = [
+                r
+                for r in mine
+                if (r["model"], r["dtype"], r["composition"], r["adapters"], r["m"])
+                == (model, dtype, composition, adapters, m)
+            ]
+            parts = []
+            for candidate in dict.fromkeys(r["candidate"] for r in at):
+                ratios = [r["ratio"] for r in at if r["candidate"] == candidate]
+                parts.append(f"{candidate} {geometric_mean(ratios):.2f} (to {max(ratios):.2f})")
+            lines.append(f"{question} {model} {dtype} M={m} {composition}/{adapters}: " + "; ".join(parts))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=QUESTIONS)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "ops.jsonl")
+    options = parser.parse_args()
+    head = header()
+    known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    resumed = bool(known) and known[0].get("header") == head
+    rows = known[1:] if resumed else []
+    roofline = Roofline(**known[0]["roofline"]) if resumed else measure_roofline(DTYPES)
+    with options.out.open("a" if resumed else "w", encoding="utf-8") as out:
+        if not resumed:
+            out.write(json.dumps({"header": head, "roofline": asdict(roofline)}) + "\n")
+        done = {row["key"] for row in rows}
+        for question in [options.only] if options.only else QUESTIONS:
+            for row in run(question, roofline, done, options.rounds):
+                rows.append(row)
+                out.write(json.dumps(row) + "\n")
+                out.flush()
+    print(summary([row for row in rows if "candidate" in row]))
+
+
+@pytest.mark.parametrize("candidate", ["F.linear", "DTSLinear"])
+@pytest.mark.parametrize("m", [1, 8, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_linear(benchmark, candidate, m, dtype):
+    layers = Layers(Case(896, 896, m, dtype, rank_for_share(896, 896, SHARE)), peers=False)
+    layers.check()
+    runs = layers.candidates[candidate]
+    benchmark.group = f"896x896 {dtype} M={m}"
+    position = iter(range(10**9))
+    with torch.inference_mode():
+        benchmark(lambda: runs[next(position) % len(runs)]())
+
+
+if __name__ == "__main__":
+    main()

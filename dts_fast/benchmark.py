@@ -1,0 +1,359 @@
+"""The timing protocol, and the shapes, batches and rivals it is applied to; `dts-fast bench` and bench/ use it.
+
+Candidates are checked against the float64 reference before they are timed, and timed in turns within one run: what
+counts is the ratio of neighbours, whose median is robust on a noisy machine. Layers are rotated past the last-level
+cache, so that weights and codes come from memory as they do in a model.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .codes import CodedMatrix, LowRankDelta, pack, packed_size
+from .errors import DTSError
+from .nn import DTSLinear
+from .routing import route
+
+# Linear layers [N, K] of well-known models (queries and outputs, keys and values, gate and up, down).
+MODELS: dict[str, dict[str, tuple[int, int]]] = {
+    "Llama-3.1-8B": {"q,o": (4096, 4096), "k,v": (1024, 4096), "gate,up": (14336, 4096), "down": (4096, 14336)},
+    "Qwen2.5-0.5B": {"q,o": (896, 896), "k,v": (128, 896), "gate,up": (4864, 896), "down": (896, 4864)},
+    "BERT-base": {"q,k,v,o": (768, 768), "up": (3072, 768), "down": (768, 3072)},
+    "ViT-B": {"q,k,v,o": (768, 768), "up": (3072, 768), "down": (768, 3072)},
+}
+COMPOSITIONS = ("identical", "uniform", "zipf", "distinct")
+BASELINE = "F.linear"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of a bench.
+
+    Attributes:
+        n, k: the layer.
+        m: rows.
+        dtype: of weights and inputs.
+        rank: of each adapter.
+        adapters: how many are loaded.
+        composition: how rows use them: ``"base"`` (none does), ``"identical"`` (all the first), ``"uniform"`` (at
+            random), ``"zipf"`` (the i-th with probability ~ 1/i), ``"distinct"`` (row i the i-th, round and round).
+    """
+
+    n: int
+    k: int
+    m: int
+    dtype: torch.dtype
+    rank: int
+    adapters: int = 1
+    composition: str = "identical"
+
+    def slots(self) -> list[int]:
+        """The adapter of each row, -1 for the base; the same on every call."""
+        generator = torch.Generator().manual_seed(0)
+        if self.composition == "base":
+            return [-1] * self.m
+        if self.composition == "identical":
+            return [0] * self.m
+        if self.composition == "distinct":
+            return [row % self.adapters for row in range(self.m)]
+        weights = torch.ones(self.adapters)
+        if self.composition == "zipf":
+            weights = 1 / torch.arange(1, self.adapters + 1)
+        return torch.multinomial(weights, self.m, replacement=True, generator=generator).tolist()
+
+    @property
+    def base_bytes(self) -> int:
+        return self.n * self.k * self.dtype.itemsize
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Codes and scales of one adapter, as stored."""
+        return self.rank * (packed_size(self.n) + packed_size(self.k) + 4)
+
+    @property
+    def floor_bytes(self) -> int:
+        """What one call must read: the base, and the codes of each distinct adapter."""
+        return self.base_bytes + len(set(self.slots()) - {-1}) * self.adapter_bytes
+
+    @property
+    def floor_operations(self) -> int:
+        """Floating-point operations of one call."""
+        rows = sum(slot >= 0 for slot in self.slots())
+        return 2 * self.m * self.n * self.k + 2 * rows * self.rank * (self.n + self.k)
+
+
+def rank_for_share(n: int, k: int, share: float, itemsize: int = 2) -> int:
+    """The rank at which an adapter takes a share of the base's bytes, to the nearest multiple of 16 (at least 16 where
+    it is 8 or more, else 8)."""
+    rank = share * n * k * itemsize / ((n + k) / 4 + 4)
+    return max(round(rank / 16) * 16, 8)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What this machine can do at best, measured.
+
+    Attributes:
+        bytes_per_s: reading memory.
+        flops: multiplying matrices, operations per second by dtype name.
+    """
+
+    bytes_per_s: float
+    flops: dict[str, float]
+
+    def seconds(self, case: Case) -> float:
+        """The least time of a case: the slower of reading and computing."""
+        return max(case.floor_bytes / self.bytes_per_s, case.floor_operations / self.flops[dtype_name(case.dtype)])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def measure_roofline(dtypes: Sequence[torch.dtype]) -> Roofline:
+    """Best of several attempts: sums and matrix-vector products over more than the cache holds; square products."""
+    large = torch.ones(max(2 * last_level_cache(), 1 << 28) // 4)
+    matrix, vector = large[: large.numel() // 4096 * 4096].view(-1, 4096), torch.ones(4096)
+    fastest = min(_best(lambda: large.sum()), _best(lambda: matrix @ vector))
+    flops = {}
+    for dtype in dtypes:
+        a, b = (torch.ones(2048, 2048, dtype=dtype) for _ in range(2))
+        flops[dtype_name(dtype)] = 2 * 2048**3 / _best(lambda a=a, b=b: a @ b)
+    # 16-bit products may be slower than float32 ones, where the processor has no instructions for them; what can be
+    # computed in float32 is no slower in fewer bits.
+    flops = {name: max(flops.values()) for name in flops}
+    return Roofline(large.nbytes / fastest, flops)
+
+
+def _best(run: Callable[[], object], repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def last_level_cache() -> int:
+    """Bytes; 64 MiB where the system does not tell."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text.rstrip("KM")) * {"K": 2**10, "M": 2**20}.get(text[-1], 1)
+    except (OSError, ValueError):
+        return 64 * 2**20
+
+
+class Layers:
+    """The layers of a case and its candidates, on as many copies of the weights as exceed the last-level cache.
+
+    Args:
+        peers: whether to build what dts_fast is compared with, too; PEFT's only where it is installed.
+    """
+
+    def __init__(self, case: Case, peers: bool = True) -> None:
+        self.case = case
+        torch.manual_seed(0)
+        copies = max(2, -(-5 * last_level_cache() // (4 * case.floor_bytes)))
+        deltas = [random_delta(case.n, case.k, case.rank) for _ in range(case.adapters)]
+        self.x = torch.randn(case.m, case.k).to(case.dtype)
+        scale = case.k**-0.5
+        self.bases = [self._linear(scale) for _ in range(copies)]
+        self.names = ["__base__" if slot < 0 else str(slot) for slot in case.slots()]
+        self.layers = [self._personalised(base, deltas) for base in self.bases]
+        self.deltas = deltas
+        self.candidates: dict[str, list[Callable[[], Tensor]]] = {
+            BASELINE: [self._plain(base) for base in self.bases],
+            "DTSLinear": [self._routed(layer) for layer in self.layers],
+        }
+        if peers:
+            self._add_peers()
+
+    def _linear(self, scale: float) -> nn.Linear:
+        layer = nn.Linear(self.case.k, self.case.n, bias=False, dtype=self.case.dtype)
+        layer.weight.data.normal_(std=scale)
+        return layer.requires_grad_(False)
+
+    def _personalised(self, base: nn.Linear, deltas: list[LowRankDelta]) -> DTSLinear:
+        layer = DTSLinear(base, max_adapters=len(deltas))
+        for slot, delta in enumerate(deltas):
+            layer.load_adapter(str(slot), delta)
+        return layer
+
+    def _plain(self, base: nn.Linear) -> Callable[[], Tensor]:
+        return lambda: base(self.x)
+
+    def _routed(self, layer: DTSLinear) -> Callable[[], Tensor]:
+        if len(set(self.names)) == 1:
+            layer.set_adapter(self.names[0])
+            return lambda: layer(self.x)
+        chosen = route(self.names)
+
+        def run() -> Tensor:
+            with chosen:
+                return layer(self.x)
+
+        return run
+
+    def _add_peers(self) -> None:
+        case, x = self.case, self.x
+        if case.composition == "identical":
+            delta = self.deltas[0]
+            u = [(delta.u.dequantize() * delta.s).to(case.dtype).contiguous() for _ in self.bases]
+            v = [delta.v.dequantize().t().to(case.dtype).contiguous() for _ in self.bases]
+            self.candidates["two products, factors in the base's dtype"] = [
+                lambda b=b, u=u, v=v: b(x) + nn.functional.linear(nn.functional.linear(x, v), u)
+                for b, u, v in zip(self.bases, u, v, strict=True)
+            ]
+            dense = [delta.dequantize().to(case.dtype) for _ in self.bases]
+            self.candidates["delta materialised"] = [
+                lambda b=b, d=d: b(x) + nn.functional.linear(x, d) for b, d in zip(self.bases, dense, strict=True)
+            ]
+            packed = _prepacked(self.bases, x)
+            if packed:
+                self.candidates["prepacked oneDNN, base alone"] = packed
+        for label, rank in (("equal rank", case.rank), ("equal bytes", max(1, case.rank // (4 * case.dtype.itemsize)))):
+            runs = _peft_layers(self.bases, x, rank, case.adapters, self.names)
+            if runs:
+                self.candidates[f"PEFT LoRA, {label}"] = runs
+
+    def check(self) -> None:
+        """Compare what is timed with the float64 reference.
+
+        Raises:
+            DTSError: it differs by more than float32 sums and one rounding.
+        """
+        layer = self.layers[0]
+        ids = torch.tensor(self.case.slots(), dtype=torch.int32)
+        weight = layer.base_layer.weight.double()
+        truth = reference.linear(self.x.double(), weight, None, *layer.bank.tensors, ids)
+        y = self.candidates["DTSLinear"][0]()
+        allowed = 2 * torch.finfo(self.case.dtype).eps * truth.abs() + 1e-2 * (self.case.dtype.itemsize == 2) + 1e-5
+        if not bool(((y.double() - truth).abs() <= allowed).all()):
+            raise DTSError(f"the result of {self.case} is wrong by {(y.double() - truth).abs().max():.3g}.")
+
+
+def random_delta(n: int, k: int, rank: int) -> LowRankDelta:
+    """A delta of random codes whose result is a tenth of a unit for inputs of unit size."""
+
+    def factor(size: int) -> CodedMatrix:
+        levels = torch.tensor([1.5, 0.5, -0.5, -1.5])
+        return CodedMatrix(pack(torch.randint(0, 4, (rank, size), dtype=torch.uint8)), levels, size)
+
+    return LowRankDelta(factor(n), torch.full((rank,), 0.1 / (rank * k) ** 0.5), factor(k), (n, k))
+
+
+def _prepacked(bases: Sequence[nn.Linear], x: Tensor) -> list[Callable[[], Tensor]] | None:
+    """What torch's inductor calls for frozen weights; None where this torch has no oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        packed = [torch.ops.mkldnn._reorder_linear_weight(b.weight.to_mkldnn(), x.shape[0]) for b in bases]
+        torch.ops.mkldnn._linear_pointwise(x, packed[0], None, "none", [], "")
+    except (RuntimeError, AttributeError):
+        return None
+    return [lambda w=w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") for w in packed]
+
+
+def _peft_layers(
+    bases: Sequence[nn.Linear], x: Tensor, rank: int, adapters: int, names: list[str]
+) -> list[Callable[[], Tensor]] | None:
+    """PEFT's LoRA layers on the same weights; a mixed batch by its ``adapter_names``. None without peft."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        return None
+    runs = []
+    mixed = len(set(names)) > 1
+    for base in bases:
+        own = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        own.weight = base.weight
+        holder = nn.ModuleDict({"layer": own})
+        for adapter in range(adapters):
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["layer"])
+            inject_adapter_in_model(config, holder, adapter_name=str(adapter))
+        holder.to(base.weight.dtype).requires_grad_(False).eval()
+        layer = holder["layer"]
+        layer.set_adapter("0")
+        runs.append((lambda layer=layer: layer(x, adapter_names=names)) if mixed else (lambda layer=layer: layer(x)))
+    return runs
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One candidate of a case.
+
+    Attributes:
+        ms: median time of a call.
+        ratio: median over the rounds of its time over the baseline's of the same round.
+        low, high: quartiles of those ratios.
+    """
+
+    candidate: str
+    ms: float
+    ratio: float
+    low: float
+    high: float
+
+
+@torch.inference_mode()
+def time_case(layers: Layers, rounds: int = 15, sample_seconds: float = 3e-3) -> list[Timing]:
+    """Time all candidates of a case in turns.
+
+    Args:
+        rounds: how often each has its turn.
+        sample_seconds: a turn calls the candidate as often as this lets it, and at least once.
+    """
+    position = dict.fromkeys(layers.candidates, 0)
+
+    def turn(name: str, calls: int) -> float:
+        runs = layers.candidates[name]
+        start = time.perf_counter()
+        for _ in range(calls):
+            position[name] = (position[name] + 1) % len(runs)
+            runs[position[name]]()
+        return (time.perf_counter() - start) / calls
+
+    calls = {}
+    for name in layers.candidates:
+        turn(name, 1)
+        calls[name] = max(1, round(sample_seconds / max(turn(name, 2), 1e-7)))
+    seconds: dict[str, list[float]] = {name: [] for name in layers.candidates}
+    for _ in range(rounds):
+        for name in layers.candidates:
+            seconds[name].append(turn(name, calls[name]))
+    timings = []
+    for name, own in seconds.items():
+        ratios = sorted(a / b for a, b in zip(own, seconds[BASELINE], strict=True))
+        quarter = len(ratios) // 4
+        timings.append(
+            Timing(name, 1e3 * statistics.median(own), statistics.median(ratios), ratios[quarter], ratios[-1 - quarter])
+        )
+    return timings
+
+
+def run_case(case: Case, roofline: Roofline, *, peers: bool = True, rounds: int = 15) -> Iterator[dict[str, object]]:
+    """Check and time a case; one JSON-ready row for each candidate.
+
+    Raises:
+        DTSError: the result is wrong.
+    """
+    layers = Layers(case, peers)
+    layers.check()
+    floor = 1e3 * roofline.seconds(case)
+    described = asdict(case) | {"dtype": dtype_name(case.dtype)}
+    for timing in time_case(layers, rounds):
+        yield {
+            **described,
+            **{key: round(value, 5) if isinstance(value, float) else value for key, value in asdict(timing).items()},
+            "floor_ms": round(floor, 5),
+            "of_floor": round(floor / timing.ms, 4),
+            "bound": "memory" if case.floor_bytes / roofline.bytes_per_s * 1e3 >= floor else "compute",
+        }
