@@ -1,12 +1,12 @@
 # make demo   set up and run the main job      make test   set up and run all tests
 # make lint   check formatting                 make format apply it
-# make bench  time the ops beside their peers
+# make bench  time the ops beside their peers  make sanitize  run the CPU kernels under sanitizers
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dts-fast demo $(ARGS)
@@ -17,15 +17,21 @@ test: $(VENV)/.installed lint
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/bench_ops.py $(ARGS)
+
+sanitize:
+	mkdir -p build
+	$(CXX) -std=c++20 -O1 -g -DDTS_FAST_POISON -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
+		tests/native/sanitize.cpp csrc/cpu/batch.cpp csrc/cpu/isa.cpp csrc/cpu/scalar.cpp csrc/cpu/avx2.cpp csrc/cpu/avx512.cpp
+	build/sanitize
 
 # The build tools and torch first: the extension is built against the torch that runs it (--no-build-isolation).
 $(VENV)/.dependencies: pyproject.toml constraints.txt

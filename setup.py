@@ -6,6 +6,7 @@ DTS_FAST_BUILD=auto   (default) build what can be built; without a compiler, ins
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,18 @@ CHOICES = ("auto", "cpu", "none")
 
 def say(message: str) -> None:
     print(f"dts_fast: {message}", file=sys.stderr)
+
+
+def openmp() -> list[str]:
+    """The flag where the compiler's OpenMP is the one that torch's Linux wheels carry."""
+    try:
+        version = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        version = ""
+    if sys.platform == "linux" and "Free Software Foundation" in version:
+        return ["-fopenmp"]
+    say("OpenMP of this compiler is not torch's; the CPU kernels will run on one thread. Set CXX=g++ for all of them.")
+    return []
 
 
 def native_build() -> dict:
@@ -53,7 +66,7 @@ def native_build() -> dict:
         include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
         # at::parallel_for is inline and runs on threads only where OpenMP is on. The runtime is not linked: torch has
         # loaded one (its own copy, in wheels), and a second one would bring threads of its own.
-        extra_compile_args=["-O3", "-fvisibility=hidden"] + (["-fopenmp"] if sys.platform == "linux" else []),
+        extra_compile_args=["-O3", "-fvisibility=hidden", *openmp()],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOrFallBack}}
 

@@ -1,6 +1,7 @@
 """What each ingredient of the refined fit is worth, and what other numbers of groups would give, at equal bytes.
 
     python bench/ablation.py --minilm DIR [--demo DIR] [--densities 0.02 0.06] [--out bench/results/ablation.jsonl]
+    python bench/ablation.py ... --densities 0.17 --variants refined "ranks in multiples of 16" --out .../pages.jsonl
 
 For each density the codes and scales of the paper's adapter set the bytes; every variant gets the same (headers are not
 counted here: other numbers of groups are no file format). Biases and norms are the same in all. Each row: KL divergence
@@ -130,12 +131,12 @@ class Bench:
         return self.task.score(self.task.plus(state))["kl"]
 
 
-def measure(task: Task, densities: list[float]) -> Iterator[dict[str, object]]:
+def measure(task: Task, densities: list[float], variants: list[str]) -> Iterator[dict[str, object]]:
     bench = Bench(task)
     covered = 2 * sum(delta.numel() for delta in bench.matrices.values())
     for density in densities:
         budget = bench.size_of(4)(ranks_by_density(bench.shapes, density))
-        kls = {name: bench.kl(variant, budget) for name, variant in VARIANTS.items()}
+        kls = {name: bench.kl(VARIANTS[name], budget) for name in variants}
         for name, kl in kls.items():
             yield {
                 "task": task.name, "share": budget / covered, "variant": name, "kl": kl,
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.02, 0.06])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "ablation.jsonl")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_args()
     rows = []
     with options.out.open("w", encoding="utf-8") as out:
@@ -156,12 +158,12 @@ def main() -> None:
         tasks = [*(encoder_tasks(options.minilm) if options.minilm else ())]
         tasks += language_tasks(options.demo) if options.demo else ()
         for task in tasks:
-            for row in measure(task, options.densities):
+            for row in measure(task, options.densities, options.variants):
                 rows.append(row)
                 out.write(json.dumps(row) + "\n")
                 out.flush()
     print("KL over the refined method's: geometric mean, least, most")
-    for name in VARIANTS:
+    for name in options.variants:
         ratios = [row["over_refined"] for row in rows if row["variant"] == name]
         print(f"{name:36} {geometric_mean(ratios):6.3f} {min(ratios):6.3f} {max(ratios):6.3f}")
 

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import geometric_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -41,7 +42,8 @@ def demo() -> str:
         "",
         "Bits per byte of held-out text of the variant's kind; *gain kept* is the share of the fine-tune's gain over "
         f"the base. A variant is {variants[0]['dense_nbytes']:,} bytes dense; adapters, all files counted, are at most "
-        f"{sizes} of the base's bytes. ({hardware(results['header'])}; "
+        f"{sizes} of the base's bytes. Which adapter a text gets is known (an oracle, not a router). "
+        f"({hardware(results['header'])}; "
         "[bench/results/demo.json](bench/results/demo.json))",
         "",
         "One prompt, one mixed batch, adapters at " + budgets[-1] + ":",
@@ -85,7 +87,105 @@ def fidelity() -> str:
     return "\n".join(out)
 
 
-BLOCKS = {"demo": demo, "fidelity": fidelity}
+def ablation() -> str:
+    """KL of each variant over the refined method's at equal bytes: geometric mean and range over tasks and budgets."""
+    head, rows = _read("ablation.jsonl")
+    cells = len({(row["task"], row["share"]) for row in rows})
+    out = [
+        "| variant | KL over the refined method's | least | most |",
+        "|---|---|---|---|",
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        ratios = [row["over_refined"] for row in rows if row["variant"] == variant]
+        if variant != "refined":
+            out.append(f"| {variant} | {geometric_mean(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} |")
+    out += [
+        "",
+        f"Geometric mean and range over {cells} points (fine-tune, budget). ({hardware(head['header'])}; "
+        "[bench/results/ablation.jsonl](bench/results/ablation.jsonl))",
+    ]
+    return "\n".join(out)
+
+
+_CANDIDATES = {
+    "DTSLinear": "DTSLinear",
+    "prepacked oneDNN, base alone": "prepacked oneDNN, base alone",
+    "two products, factors in the base's dtype": "two products",
+    "PEFT LoRA, equal rank": "PEFT LoRA, equal rank",
+    "PEFT LoRA, equal bytes": "PEFT LoRA, equal bytes",
+    "delta materialised": "delta materialised",
+}
+
+
+def ops() -> str:
+    """Time over the bare linear's, one adapter: geometric means over the linears of each model."""
+    head, rows = _read("ops.jsonl")
+    single = [row for row in rows if row["question"] == "single"]
+    out = []
+    for dtype in ("bfloat16", "float32", "float16"):
+        mine = [row for row in single if row["dtype"] == dtype]
+        sizes = sorted({row["m"] for row in mine})
+        out += [f"| {dtype}, rows |" + "".join(f" {m} |" for m in sizes), "|---" * (len(sizes) + 1) + "|"]
+        for model in dict.fromkeys(row["model"] for row in mine):
+            for candidate, label in _CANDIDATES.items():
+                cells = []
+                for m in sizes:
+                    at = [r for r in mine if (r["model"], r["candidate"], r["m"]) == (model, candidate, m)]
+                    if at:
+                        mean = geometric_mean(r["ratio"] for r in at)
+                        worst = f" ({max(r['ratio'] for r in at):.2f})" if candidate == "DTSLinear" else ""
+                        cells.append(f"{mean:.2f}{worst}")
+                if cells:
+                    label = f"**{label}**" if candidate == "DTSLinear" else label
+                    out.append(f"| {model}: {label} | " + " | ".join(cells) + " |")
+        out.append("")
+    flops = max(head["roofline"]["flops"].values()) / 1e9
+    out.append(
+        "Time over that of `F.linear`, medians of interleaved ratios, geometric mean over the model's linears (in "
+        "brackets the worst); adapters at 1 % of a 16-bit base; weights and codes come from memory, "
+        f"which reads {head['roofline']['bytes_per_s'] / 1e9:.0f} GB/s here; products reach {flops:.0f} GF/s. "
+        f"({hardware(head['header'])}; [bench/results/ops.jsonl](bench/results/ops.jsonl), where the share of the "
+        "roofline stands beside each figure)"
+    )
+    return "\n".join(out)
+
+
+def mixed() -> str:
+    """32 rows that use several adapters, over the bare linear and over PEFT's mixed batch."""
+    head, rows = _read("ops.jsonl")
+    out = [
+        "| layer | composition | adapters | over `F.linear` | PEFT, equal rank, over it | PEFT, equal bytes, over it |",
+        "|---|---|---|---|---|---|",
+    ]
+    mine = [row for row in rows if row["question"] == "mixed"]
+    for key in dict.fromkeys(row["key"] for row in mine):
+        at = {row["candidate"]: row for row in mine if row["key"] == key}
+        own = at["DTSLinear"]
+        peft = [
+            f"{at[name]['ms'] / own['ms']:.1f}" if name in at else ""
+            for name in ("PEFT LoRA, equal rank", "PEFT LoRA, equal bytes")
+        ]
+        out.append(
+            f"| {own['model']} {own['layer']} | {own['composition']} | {own['adapters']} | {own['ratio']:.2f} | "
+            f"{peft[0]} | {peft[1]} |"
+        )
+    base = [r["ratio"] for r in rows if r["question"] == "base" and r["candidate"] == "DTSLinear"]
+    switch = next(row for row in rows if row["question"] == "switch")
+    out += [
+        "",
+        "32 rows, bfloat16, adapters at 1 %. A batch without adapters through a layer that has some loaded: "
+        f"{geometric_mean(base):.2f} x the bare linear (up to {max(base):.2f}). Switching the adapter of "
+        f"{switch['layers']} layers: {switch['set_adapter_us']:.1f} microseconds. ({hardware(head['header'])})",
+    ]
+    return "\n".join(out)
+
+
+def _read(name: str) -> tuple[dict, list[dict]]:
+    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    return json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
+
+
+BLOCKS = {"demo": demo, "fidelity": fidelity, "ablation": ablation, "ops": ops, "mixed": mixed}
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ _DTYPE_NAMES = {
 Parameter = Delta | Tensor
 
 # The second, third, ... term of a delta that is a sum.
-_FURTHER_TERM = re.compile(r"(.+)\+[1-9][0-9]*")
+_FURTHER_TERM = re.compile(r"(.+)\+[1-9][0-9]*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -251,9 +251,11 @@ def read_config(folder: Path) -> dict[str, object]:
         if not isinstance(config.get(key), kind):
             raise AdapterFormatError(f"{file}: expected {key!r} of type {kind.__name__}, got {config.get(key)!r}.")
     if config["base_nbytes"] <= 0 or not all(
-        error is None or isinstance(error, (int, float)) for error in config["errors"]
+        error is None or (isinstance(error, (int, float)) and 0 <= error < 1e9) for error in config["errors"]
     ):
-        raise AdapterFormatError(f"{file}: expected 'base_nbytes' above 0 and 'errors' a list of numbers or nulls.")
+        raise AdapterFormatError(
+            f"{file}: expected 'base_nbytes' above 0 and 'errors' a list of finite numbers or nulls."
+        )
     return config
 
 
@@ -266,7 +268,7 @@ def _check_headers(
         parameter name to ("matrix" | "vector" | "whole", the parameter's shape).
     """
     layout: dict[str, tuple[str, tuple[int, ...] | None]] = {}
-    remaining, declared = set(headers), shapes
+    remaining, declared, shapes = set(headers), shapes, dict(shapes)
 
     def take(name: str, part: str, dtype: str, rank: int) -> tuple[int, ...]:
         full = f"{name}.{part}"
@@ -285,14 +287,15 @@ def _check_headers(
         name, _, part = full.rpartition(".")
         first = _FURTHER_TERM.fullmatch(name)
         if first and part in ("u_codes", "codes") and first[1] in layout:
-            shapes = {**shapes, name: list(layout[first[1]][1] or ())}
+            shapes[name] = list(layout[first[1]][1] or ())
         if part == "u_codes":
             u, v = take(name, "u_codes", "U8", 2), take(name, "v_codes", "U8", 2)
             s = take(name, "s", "F32", 1)
             levels = take(name, "u_levels", "F32", 1), take(name, "v_levels", "F32", 1)
             shape = _declared_shape(file, name, shapes, (4 * u[1], 4 * v[1]))
-            n, k = matrix_shape(shape) or (0, 0)
-            if not (
+            as_matrix = matrix_shape(shape)
+            n, k = as_matrix or (0, 0)
+            if as_matrix is None or not (
                 u[0] == v[0] == s[0] and levels == ((4,), (4,)) and (packed_size(n), packed_size(k)) == (u[1], v[1])
             ):
                 raise AdapterFormatError(

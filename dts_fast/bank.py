@@ -102,7 +102,8 @@ class Bank(nn.Module):
         page_nbytes: size of a page.
         num_slots: S.
         num_pages: fixed capacity P; None lets the arena grow when a load needs it (new tensors: recapture graphs).
-        pages_per_slot: fixed L; None lets it grow likewise.
+        pages_per_slot: how many pages a load may take. Fixes L to as many of each slot, so that a slot can list all
+            others'; None lets L grow likewise.
     """
 
     pages: Tensor
@@ -119,8 +120,8 @@ class Bank(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.fixed_pages, self.fixed_pages_per_slot = num_pages is not None, pages_per_slot is not None
-        length = pages_per_slot or 0
+        self.fixed_pages, self.pages_per_slot = num_pages is not None, pages_per_slot
+        length = (pages_per_slot or 0) * num_slots
         # Not persistent: adapters are files of their own, and the base's state dict stays the base's.
         for name, tensor in (
             ("pages", torch.zeros(num_pages or 0, page_nbytes, dtype=torch.uint8, device=device)),
@@ -149,6 +150,8 @@ class Bank(nn.Module):
             CapacityError: a bank of fixed capacity has too few pages; nothing was changed.
         """
         count = pages.shape[0]
+        if self.pages_per_slot is not None and count > self.pages_per_slot:
+            raise CapacityError(f"the adapter takes {count} pages, a slot of this bank at most {self.pages_per_slot}.")
         self._make_room(count, reusable=len(self._only_in(slot)))
         self.evict(slot)
         taken = [self._free.pop(0) for _ in range(count)]
@@ -200,8 +203,8 @@ class Bank(nn.Module):
             CapacityError: what is fixed is too small.
         """
         length, free = self.slot_pages.shape[1], len(self._free) + reusable
-        if count > length and self.fixed_pages_per_slot:
-            raise CapacityError(f"the adapter takes {count} pages, a slot of this bank lists at most {length}.")
+        if count > length and self.pages_per_slot is not None:
+            raise CapacityError(f"the mixture lists {count} pages, a slot of this bank at most {length}.")
         new = count if new is None else new
         if new > free and self.fixed_pages:
             raise CapacityError(

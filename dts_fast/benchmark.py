@@ -255,7 +255,7 @@ def _prepacked(bases: Sequence[nn.Linear], x: Tensor) -> list[Callable[[], Tenso
     if not torch.backends.mkldnn.is_available():
         return None
     try:
-        packed = [torch.ops.mkldnn._reorder_linear_weight(b.weight.to_mkldnn(), x.shape[0]) for b in bases]
+        packed = [torch.ops.mkldnn._reorder_linear_weight(b.weight.data, x.shape[0]) for b in bases]
         torch.ops.mkldnn._linear_pointwise(x, packed[0], None, "none", [], "")
     except (RuntimeError, AttributeError):
         return None

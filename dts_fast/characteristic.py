@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,8 @@ from .errors import AdapterFormatError, DTSError
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _SUFFIXES = (".npy", ".json", ".safetensors")
+# What numpy, json and safetensors raise on damaged files.
+_UNREADABLE = (OSError, ValueError, TypeError, EOFError, AttributeError, OverflowError, RecursionError, SafetensorError)
 
 
 def read_characteristic(source: str | Path, encoder: str | None = None) -> Tensor:
@@ -38,7 +39,7 @@ def read_characteristic(source: str | Path, encoder: str | None = None) -> Tenso
     if path.suffix in _SUFFIXES:
         try:
             vector = _read_file(path)
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except _UNREADABLE as error:
             raise DTSError(
                 f"{path}: expected a vector file ({', '.join(_SUFFIXES)}), could not read it: {error}."
             ) from (error)
@@ -51,7 +52,10 @@ def read_characteristic(source: str | Path, encoder: str | None = None) -> Tenso
 
 def _read_file(path: Path) -> Tensor:
     if path.suffix == ".npy":
-        return torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+        array = np.load(path, allow_pickle=False)
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"it holds {array.dtype}, expected real numbers")
+        return torch.from_numpy(array.astype(np.float32))
     if path.suffix == ".json":
         return torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float32)
     tensors = list(load_file(path).values())
@@ -97,7 +101,7 @@ def characteristic_of(config: Mapping[str, object], name: str) -> Tensor:
         raise DTSError(f"adapter {name!r} has no characteristic; compress it with --characteristic, or give weights.")
     try:
         raw = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
-    except binascii.Error:
+    except ValueError:
         raw = b""
     if not raw or len(raw) % 2:
         raise AdapterFormatError(f"adapter {name!r}: expected 'characteristic' to be base64 of float16 numbers.")

@@ -169,7 +169,8 @@ def _describe(
     tied: Mapping[str, str],
 ) -> dict[str, object]:
     """The part of adapter_config.json that is known before the fit."""
-    settings = {key: value for key, value in asdict(config).items() if value not in (None, 0) and key != "device"}
+    unsaid = {"device", "characteristic", "encoder"}  # of this machine, or kept in a form of its own
+    settings = {key: value for key, value in asdict(config).items() if value not in (None, 0) and key not in unsaid}
     # Keys that say where or by which release a config was written describe the file, not the model.
     ignored = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "model_type"}
     changed = {

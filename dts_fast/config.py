@@ -62,6 +62,9 @@ class DTSConfig:
             raise DTSError(f"give one of budget, density, rank and energy, not {' and '.join(given)}.")
         if not given:
             object.__setattr__(self, "budget", 0.01)
+        for name in ("reference", "characteristic"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(getattr(self, name)))  # a Path is welcome, and JSON knows none
         for name in ("budget", "density", "energy"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:

@@ -75,7 +75,8 @@ def decompose_with_operator(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, T
         v = projected @ (vectors * scale).to(delta)
         u, operator = basis @ (vectors / scale).to(delta), Operator(basis, projected)
     s = torch.linalg.vector_norm(u, dim=0)
-    negligible = s <= torch.finfo(delta.dtype).eps * s.amax() if rank else s > 0
+    # Singular values are known to the square root of the Gram matrix's precision.
+    negligible = s <= max(torch.finfo(delta.dtype).eps, 1e-7) * s.amax() if rank else s > 0
     u, v = u / s.masked_fill(negligible, 1.0), v.masked_fill(negligible, 0.0)
     return u.masked_fill(negligible, 0.0), s.masked_fill(negligible, 0.0), v, operator
 

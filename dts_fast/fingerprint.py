@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -115,7 +114,7 @@ def _samples_of(fingerprint: str, names: Collection[str]) -> dict[str, Tensor]:
     per_tensor = _samples_per_tensor(len(names))
     try:
         raw = base64.b64decode(fingerprint, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise AdapterFormatError(f"base_fingerprint is not valid base64 ({error}).") from error
     if len(raw) != 2 * per_tensor * len(names):
         raise AdapterFormatError(

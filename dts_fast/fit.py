@@ -89,7 +89,15 @@ def code_matrix(factor: Tensor) -> CodedMatrix:
 def fit_paper(delta: Tensor, rank: int) -> LowRankDelta:
     """Truncated SVD, each factor thresholded over the whole matrix (paper, section 3)."""
     u, s, v = decompose(delta, rank)
-    return LowRankDelta(code_matrix(u), s.float(), code_matrix(v), tuple(delta.shape))
+    true_rank = int((s > 0).sum())  # the zeros beyond would count as elements and take a level
+    coded = (_padded(code_matrix(factor[:, :true_rank]), rank) for factor in (u, v))
+    return LowRankDelta(next(coded), s.float(), next(coded), tuple(delta.shape))
+
+
+def _padded(factor: CodedMatrix, rank: int) -> CodedMatrix:
+    """With components of code 0 up to a rank; their scales are 0."""
+    missing = factor.codes.new_zeros(rank - factor.rank, factor.codes.shape[1])
+    return CodedMatrix(torch.cat([factor.codes, missing]), factor.levels, factor.n)
 
 
 @dataclass(frozen=True)
@@ -275,7 +283,8 @@ def fit(
     matrix = finite.reshape(as_matrix).contiguous()  # sums in one order, whatever the strides
     # Squares of very small or large deltas leave float32's range. A power of two changes no digit.
     unit = 2.0 ** math.floor(math.log2(largest)) if largest and not 1e-9 < largest < 1e9 else 1.0
-    low_rank = METHODS[method](matrix if unit == 1.0 else matrix / unit, rank)
+    with torch.autocast(delta.device.type, enabled=False):
+        low_rank = METHODS[method](matrix if unit == 1.0 else matrix / unit, rank)
     return LowRankDelta(low_rank.u, low_rank.s * unit, low_rank.v, tuple(delta.shape))
 
 

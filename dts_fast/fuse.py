@@ -74,8 +74,12 @@ def fuse(
 def _config(members: Mapping[str, Adapter], weights: Mapping[str, float], parameters: int) -> dict[str, object]:
     configs = [adapter.config for adapter in members.values()]
     first = configs[0]
+    tied: dict[str, str] = {}
+    for adapter in members.values():
+        tied |= adapter.config["tied"]
     for name, adapter in members.items():
-        if adapter.config["tied"] != first["tied"]:
+        theirs = adapter.config["tied"]
+        if any(theirs.get(copy, target) != target or copy in adapter.parameters for copy, target in tied.items()):
             raise BaseMismatchError(
                 f"{name} ties other tensors than {next(iter(members))}; expected adapters of one base."
             )
@@ -91,7 +95,7 @@ def _config(members: Mapping[str, Adapter], weights: Mapping[str, float], parame
         "compression": {"method": "mixture"},
         "members": [[Path(name).name, weights[name]] for name in members],
         "errors": [None] * parameters,
-        "tied": dict(first["tied"]),
+        "tied": tied,
         "model_config": shared,
         "versions": {"dts_fast": __version__},
     }

@@ -49,6 +49,9 @@ class Journal:
         try:
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The run that had the lock may have removed the folder just now, and another made a new one.
+            if not os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
+                raise OSError("the journal has changed hands")
             self._lock, self.folder = lock, folder
             if not (folder / _KEY).is_file() or (folder / _KEY).read_text(encoding="utf-8") != text:
                 for file in folder.glob("*.safetensors"):

@@ -266,7 +266,7 @@ class _BankedModule(DTSModule):
     def mix_slots(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
         if any(member in self.stored for member, _ in members):
             return super().mix_slots(slot, members)
-        present = [(member, weight) for member, weight in members if member in self.loaded]
+        present = [(member, weight) for member, weight in members if member in self.loaded and weight != 0]
         if present:
             self.bank.share(slot, present)
             if self.bias_bank is not None:

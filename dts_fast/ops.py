@@ -48,8 +48,8 @@ def linear(
         ``weight`` and ``bias``; codes have none.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; a slot out of range (checked on the CPU only, where it
-            costs no synchronisation).
+        ValueError: shapes, dtypes or devices that do not fit; a slot or a page out of range (checked on the CPU only,
+            where it costs no synchronisation).
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.ops.dts_fast.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
@@ -137,6 +137,11 @@ def _check_slot_range(slot_ids: Tensor, slots: int) -> None:
             raise ValueError(f"dts_fast: slot_ids: expected -1..{slots - 1} for {slots} slots, got {low}..{high}.")
 
 
+def _check_pages(slot_pages: Tensor, pages: int) -> None:
+    if slot_pages.device.type == "cpu" and slot_pages.numel() and int(slot_pages.max()) >= pages:
+        raise ValueError(f"dts_fast: slot_pages: expected pages below {pages}, got {int(slot_pages.max())}.")
+
+
 def _expect(holds: bool, name: str, expected: str, got: Tensor) -> None:
     if not holds:
         raise ValueError(
@@ -148,12 +153,14 @@ def _expect(holds: bool, name: str, expected: str, got: Tensor) -> None:
 def _linear_plain(x, weight, bias, pages, slot_pages, slot_weights, slot_ids):
     _check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
     _check_slot_range(slot_ids, slot_pages.shape[0])
+    _check_pages(slot_pages, pages.shape[0])
     return reference.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
 
 
 def _add_delta_plain(y, x, pages, slot_pages, slot_weights, slot_ids, *, transpose=False):
     _check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, transpose)
     _check_slot_range(slot_ids, slot_pages.shape[0])
+    _check_pages(slot_pages, pages.shape[0])
     reference.add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids, transpose=transpose)
 
 

@@ -144,8 +144,8 @@ def choose_ranks(
     return ranks_by_spectral_budget(plan.matrices, spectra, budget, size_of, multiple)
 
 
-# From this rank on (half the matrices have it or more) whole pages cost nothing that could be measured
-# (bench/ablation.py).
+# From this rank on (half the matrices have it or more) whole pages move the divergence by a few per cent, up or down
+# (bench/results/pages.jsonl); at ranks of ten they multiply it.
 _RANKS_WORTH_ROUNDING = 64
 
 # How many singular values the ranking of a budget looks at: this many times the rank of an even share, and some more.

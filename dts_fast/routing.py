@@ -121,7 +121,8 @@ def narrowed(rows: Sequence[int]) -> route:
 def slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
     """int32 ``[rows]`` for the ops; each of the slots stands for ``rows / len(slots)`` neighbouring rows. Not to be
     written to: the layers of a model share it."""
-    if torch.compiler.is_compiling() or rows > _MOST_CACHED_ROWS:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # it has values when replayed
+    if torch.compiler.is_compiling() or capturing or rows > _MOST_CACHED_ROWS:
         return _make_slot_ids(slots, rows, device)
     key = slots if isinstance(slots, int) else tuple(slots), rows, device
     ids = _SLOT_IDS.get(key)
@@ -130,7 +131,9 @@ def slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
             _SLOT_IDS.clear()
         # Not an inference tensor, whatever the caller is in: the next one may want gradients.
         with torch.inference_mode(False):
-            ids = _SLOT_IDS[key] = _make_slot_ids(slots, rows, device)
+            ids = _make_slot_ids(slots, rows, device)
+        if type(ids) is Tensor:  # and not a fake one
+            _SLOT_IDS[key] = ids
     return ids
 
 

@@ -25,7 +25,7 @@ from dts_fast.adapter_file import (
     tensors_of,
     total_size,
 )
-from dts_fast.codes import CodedMatrix, CodedVector, LowRankDelta, pack
+from dts_fast.codes import CodedMatrix, CodedVector, DeltaSum, LowRankDelta, pack
 from dts_fast.errors import AdapterFormatError, DTSError
 from dts_fast.fit import fit, fit_vector
 
@@ -302,3 +302,31 @@ def test_an_unwritable_folder_is_refused(tmp_path):
 
 def test_written_files_are_readable_by_others(saved):
     assert os.stat(saved).st_mode & 0o777 == 0o755
+
+
+def test_codes_for_a_parameter_without_matrix_structure(tmp_path, saved):
+    def change(tensors):
+        tensors |= {f"p.{part}": torch.zeros(1, 0, dtype=torch.uint8) for part in ("u_codes", "v_codes")}
+        tensors["p.s"], tensors["p.u_levels"], tensors["p.v_levels"] = torch.ones(1), torch.ones(4), torch.ones(4)
+
+    rewrite(saved, change)
+    set_config(saved, shapes={"a.weight": [5, 8], "p": [5]}, errors=[0.5, 0.25, 0.0, 0.0])
+    with pytest.raises(AdapterFormatError, match=r"'p' of shape \[5\] has inconsistent parts"):
+        load_adapter(saved)
+
+
+def test_terms_under_names_with_a_newline(saved):
+    def change(tensors):
+        for part in ("codes", "levels"):
+            tensors |= {f"b\n{name}.{part}": tensors[f"b.{part}"].clone() for name in ("c", "c+1")}
+
+    rewrite(saved, change)
+    set_config(saved, errors=[0.5, 0.25, 0.25, 0.0])
+    assert isinstance(load_adapter(saved).parameters["b\nc"], DeltaSum)
+
+
+@pytest.mark.parametrize("errors", [[float("nan"), 0.25, 0.0], [10**400, 0.25, 0.0], [-1.0, 0.25, 0.0]])
+def test_errors_that_are_no_errors(saved, errors):
+    set_config(saved, errors=errors)
+    with pytest.raises(AdapterFormatError, match="'errors' a list of finite numbers"):
+        load_adapter(saved)

@@ -347,3 +347,11 @@ def test_ranks_are_multiples_where_asked(tmp_path, checkpoints):
                 assert p.rank % 4 == 0 or p.rank == min(p.u.n, p.v.n), name
     with pytest.raises(DTSError, match="rank_multiple"):
         DTSConfig(rank_multiple=-1)
+
+
+def test_paths_are_welcome_in_the_config(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    (tmp_path / "v.json").write_text("[1.0, 2.0]")
+    compress(base, tuned, tmp_path / "a", DTSConfig(rank=1, characteristic=tmp_path / "v.json", reference=base))
+    assert "v.json" not in (tmp_path / "a" / "README.md").read_text()
+    assert load_adapter(tmp_path / "a").config["characteristic"]

@@ -261,3 +261,17 @@ def test_fit_keeps_no_graph():
     assert not fitted.s.requires_grad
     assert not fitted.u.levels.requires_grad
     assert not fit_vector(torch.randn(8) - weight[:, 0]).levels.requires_grad
+
+
+def test_ranks_beyond_the_deltas_own_cost_nothing():
+    delta = torch.randn(300, 20) @ torch.randn(20, 280)
+    exact, beyond = (relative_error(delta, fit(delta, rank, method="paper")) for rank in (20, 48))
+    assert beyond == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["paper", "refined"])
+def test_autocast_does_not_reach_the_fit(method):
+    delta = torch.randn(64, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fit(delta, rank=4, method=method)
+    assert torch.equal(inside.dequantize(), fit(delta, rank=4, method=method).dequantize())

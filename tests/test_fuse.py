@@ -145,3 +145,16 @@ def test_damaged_sums_are_refused(tmp_path, members):
         save_file(tensors, tmp_path / "mixed" / "adapter_model.safetensors", metadata={"format": "pt"})
         with pytest.raises(AdapterFormatError, match=message):
             load_adapter(tmp_path / "mixed", verify_checksum=False)
+
+
+def test_members_may_differ_in_what_they_leave_out_of_a_tied_base(tmp_path):
+    embedding = torch.randn(30, 12)
+    base = {"embed_tokens.weight": embedding, "lm_head.weight": embedding.clone(), "proj.weight": torch.randn(16, 12)}
+    write_checkpoint(tmp_path / "base", base)
+    for name, config in (("a", DTSConfig(rank=2)), ("b", DTSConfig(rank=2, exclude="embed|lm_head"))):
+        tuned = fine_tuned(base, seed=len(name))
+        tuned["lm_head.weight"] = tuned["embed_tokens.weight"].clone()
+        write_checkpoint(tmp_path / f"tuned_{name}", tuned)
+        compress(tmp_path / "base", tmp_path / f"tuned_{name}", tmp_path / name, config)
+    fuse([tmp_path / "a", tmp_path / "b"], tmp_path / "mixed", [0.5, 0.5])
+    assert load_adapter(tmp_path / "mixed").config["tied"] == load_adapter(tmp_path / "a").config["tied"] != {}

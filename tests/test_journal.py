@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import fcntl
+import shutil
+
 import pytest
 import torch
 
@@ -70,3 +73,19 @@ def test_a_place_that_cannot_be_written_is_no_error(tmp_path):
     with Journal(tmp_path / "file" / "out", {}) as journal:
         journal.put("fit", "a", TENSORS)
         assert journal.get("fit", "a") is None
+
+
+def test_a_lock_on_a_removed_journal_is_worth_nothing(tmp_path, monkeypatch):
+    """Between opening and locking, another run ends and a third begins."""
+    real = fcntl.flock
+
+    def flock(file, operation):
+        shutil.rmtree(tmp_path / ".out.partial")
+        monkeypatch.setattr(fcntl, "flock", real)
+        Journal(tmp_path / "out", {"rank": 2}).put("fit", "a", TENSORS)
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Journal(tmp_path / "out", {"rank": 1}) as journal:
+        assert journal.get("fit", "a") is None
+        assert journal.folder is None

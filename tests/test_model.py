@@ -311,3 +311,21 @@ def test_a_mixture_that_cannot_be_made_changes_nothing(family):
         model.select(torch.ones(3))
     assert model.adapter_names == ["a", "b"]
     assert not any(wrapper.parameters_of(2) for wrapper in model._wrappers.values())
+
+
+def test_a_mixture_that_fails_half_way_leaves_nothing(family):
+    model = family.model(max_adapters=3)
+    wrappers = list(model._wrappers.values())
+    free = [list(w.bank._free) for w in wrappers if hasattr(w, "bank")]
+
+    def fail(slot, members):
+        raise DTSError("no")
+
+    wrappers[-1].mix_slots = fail
+    with pytest.raises(DTSError, match="no"):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mixed")
+    assert model.adapter_names == ["a", "b"]
+    assert not any(wrapper.parameters_of(2) for wrapper in wrappers)
+    assert [list(w.bank._free) for w in wrappers if hasattr(w, "bank")] == free
+    del wrappers[-1].mix_slots
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mixed")

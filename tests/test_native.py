@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,15 @@ print(native.MODULE.cpu_isa())
         assert "'mmx' is unknown or cannot run here" in done.stderr
     else:
         assert done.stdout.strip() == isa, done.stderr
+
+
+def test_the_source_distribution_holds_every_source(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path],
+        cwd=ROOT, env=os.environ | {"DTS_FAST_BUILD": "none"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert sources <= held

@@ -274,3 +274,43 @@ def test_the_wrapper_answers_for_the_layer():
     with pytest.raises(AttributeError, match="nonsense"):
         _ = layer.nonsense
     assert set(layer.state_dict()) == {"base_layer.weight", "base_layer.bias"}
+
+
+def test_a_mixture_fits_in_a_bank_of_fixed_capacity():
+    layer = DTSLinear(nn.Linear(40, 40), max_adapters=3, max_rank=32)
+    deltas = [fit(torch.randn(40, 40), rank=32) for _ in range(2)]
+    for name, delta in zip("ab", deltas, strict=True):
+        layer.load_adapter(name, delta)
+    tensors = [t.data_ptr() for t in layer.bank.tensors]
+    layer.mix_slots(2, [(0, 0.5), (1, -0.25)])
+    layer.slots.occupy("mixed", 2)
+    assert [t.data_ptr() for t in layer.bank.tensors] == tensors
+    x = torch.randn(3, 40)
+    with route("mixed"):
+        y = layer(x)
+    weight = layer.base_layer.weight.detach() + 0.5 * deltas[0].dequantize() - 0.25 * deltas[1].dequantize()
+    torch.testing.assert_close(y, linear(x, weight, layer.base_layer.bias), rtol=1e-4, atol=1e-4)
+
+
+def test_members_of_weight_zero_are_not_in_a_mixture():
+    layer = DTSLinear(nn.Linear(12, 10))
+    two_adapters(layer)
+    layer.mix_slots(2, [(0, 0.0), (1, 1.0)])
+    assert (layer.bank.slot_pages[2] >= 0).sum() == (layer.bank.slot_pages[1] >= 0).sum()
+    layer.mix_slots(3, [(0, 0.0)])
+    assert layer.parameters_of(3) == {}
+
+
+def test_a_mixture_of_whole_and_low_rank_parameters():
+    layer = DTSLinear(nn.Linear(12, 10))
+    dense = two_adapters(layer)
+    whole = torch.randn(10, 12)
+    layer.load_adapter("whole", weight=whole)
+    layer.mix_slots(3, [(0, 0.5), (2, 0.25)])
+    layer.slots.occupy("mixed", 3)
+    x, base = torch.randn(4, 12), dense["__base__"]
+    with route("mixed"):
+        y = layer(x)
+    weight = base["weight"] + 0.5 * (dense["a"]["weight"] - base["weight"]) + 0.25 * (whole - base["weight"])
+    bias = base["bias"] + 0.5 * (dense["a"]["bias"] - base["bias"])
+    torch.testing.assert_close(y, linear(x, weight, bias), rtol=1e-4, atol=1e-5)

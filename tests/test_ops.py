@@ -89,6 +89,9 @@ SHAPES = [
     (1, 100, 70, [35]),  # one row: lookups of pairs
     (3, 1100, 20, [17]),
     (70, 65, 33, [20, 16]),  # more rows than are in flight together
+    (9, 2600, 130, [33, 200]),  # ranges of K; tasks of some pages
+    (1, 300, 700, [300, 70]),  # one row: blocks of outputs, four pages at a time, more than 16
+    (64, 1700, 40, [150]),
 ]
 
 
@@ -192,6 +195,17 @@ def test_results_repeat_and_rows_do_not_depend_on_their_neighbours_slots(backend
     assert torch.equal(alone, again)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "plain"])
+def test_rows_of_a_real_layer_do_not_depend_on_their_neighbours_slots(backend):
+    bank, _ = make_bank(70, 2600, [33, 16])
+    x, weight = torch.randn(40, 2600).bfloat16(), torch.randn(70, 2600).bfloat16()
+    alone = BACKENDS[backend].linear(x, weight, None, *bank.tensors, torch.full((40,), 1, dtype=torch.int32))
+    slots = torch.randint(-1, 4, (40,), dtype=torch.int32)
+    slots[::7] = 1
+    mixed = BACKENDS[backend].linear(x, weight, None, *bank.tensors, slots)
+    assert torch.equal(mixed[::7], alone[::7])
+
+
 def op_arguments(dtype=torch.float32, requires_grad=False):
     bank, _ = make_bank(10, 12, [3, 17])
     x = torch.randn(4, 12, dtype=dtype, requires_grad=requires_grad)
@@ -262,6 +276,7 @@ REFUSED = {
     "too few slots": (lambda a: a | {"slot_ids": a["slot_ids"][:3]}, "one slot for each row"),
     "slot out of range": (lambda a: a | {"slot_ids": torch.tensor([0, 4, 0, 0]).int()}, r"expected -1\.\.3"),
     "slot below -1": (lambda a: a | {"slot_ids": torch.tensor([0, -2, 0, 0]).int()}, r"expected -1\.\.3"),
+    "page out of range": (lambda a: a | {"slot_pages": a["slot_pages"] + 9}, r"slot_pages: expected pages below 6"),
     "weights of another shape": (lambda a: a | {"slot_weights": a["slot_weights"][:1]}, "slot_weights: expected"),
 }
 

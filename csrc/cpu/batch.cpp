@@ -1,11 +1,10 @@
 #include "batch.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
+
+#include "scratch.h"
 
 namespace dts_fast::cpu {
 
@@ -23,23 +22,6 @@ constexpr int64_t kTaskPages = 8;
 constexpr int64_t kTaskRows = 32;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// Not initialised, and aligned to a cache line.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats)
-      : memory_(static_cast<float*>(std::aligned_alloc(64, round_up(std::max<int64_t>(floats, 1) * 4, 64)))) {
-    if (!memory_) throw std::bad_alloc();
-  }
-  float* get() const { return memory_.get(); }
-
- private:
-  std::unique_ptr<float, Free> memory_;
-};
 
 // Rows with the same slot.
 struct Group {
@@ -96,7 +78,8 @@ class Batch {
     if (as_is) {
       wide_ = static_cast<const float*>(x_[0]);
     } else {
-      widen_rows(wide.get());
+      const auto widen = [&](int64_t begin, int64_t end) { widen_rows(begin, end, wide.get()); };
+      rows_* p_.k < kSmall ? widen(0, rows_) : parallel_for(rows_, widen);
       wide_ = wide.get();
     }
     make_tasks(threads);
@@ -129,7 +112,7 @@ class Batch {
  private:
   // Multiplications below which one thread does all: it is done before others would have woken up.
   static constexpr int64_t kSmall = 1 << 17;
-  // Multiplications of the shrinks below which every thread does all of them.
+  // Multiplications (and elements to pack) of the inputs below which every thread does all of them.
   static constexpr int64_t kRepeated = 1 << 17;
 
   // What both products read: h of all groups, and x as the dense kernels want it.
@@ -140,7 +123,7 @@ class Batch {
 
   // Of the shrinks, and of what has `outputs` results a row.
   int64_t work(int64_t outputs) const {
-    int64_t total = p_.weight ? rows_ * outputs * p_.k : 0;
+    int64_t total = p_.weight ? rows_ * (outputs + 1) * p_.k : 0;
     for (const Group& group : groups_) total += group.rows * group.pages * kTile * (outputs + p_.k);
     return total;
   }
@@ -153,8 +136,8 @@ class Batch {
     return true;
   }
 
-  void widen_rows(float* wide) const {
-    for (int64_t m = 0; m < rows_; ++m) {
+  void widen_rows(int64_t begin, int64_t end, float* wide) const {
+    for (int64_t m = begin; m < end; ++m) {
       float* const row = wide + m * wide_stride_;
       kernels_.widen[p_.dtype](x_[m], row, p_.k);
       std::fill(row + p_.k, row + wide_stride_, 0.0f);

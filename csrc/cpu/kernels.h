@@ -61,6 +61,9 @@ constexpr int64_t descent_scratch(int64_t rank) { return (2 * rank + 1) * kDesce
 struct Kernels {
   const char* name;
 
+  // Rows up to which `dense` is used for the base and not torch's own product.
+  int64_t own_base_rows[kDTypes];
+
   // out[i] = in[i] in float32.
   void (*widen[kDTypes])(const void* in, float* out, int64_t count);
 

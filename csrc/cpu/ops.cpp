@@ -1,6 +1,7 @@
 // Where CPU kernels register: checks, threads, and the choice of how the base is computed. The schemas are defined in
 // Python (dts_fast/ops.py, dts_fast/descent.py); a kernel named here takes precedence over the plain-torch one for CPU
 // tensors.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
@@ -10,12 +11,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
 #include "../check.h"
 #include "batch.h"
 #include "isa.h"
+#include "scratch.h"
 
 namespace dts_fast::cpu {
 namespace {
@@ -40,6 +40,13 @@ void check_range(const at::Tensor& slot_ids, int64_t slots) {
                     " slots, got ", *low, "..", *high, ".");
 }
 
+void check_pages(const at::Tensor& slot_pages, int64_t pages) {
+  const int32_t* const listed = slot_pages.const_data_ptr<int32_t>();
+  if (!slot_pages.numel()) return;
+  const int32_t most = *std::max_element(listed, listed + slot_pages.numel());
+  TORCH_CHECK_VALUE(most < pages, "dts_fast: slot_pages: expected pages below ", pages, ", got ", most, ".");
+}
+
 BankView view(const at::Tensor& pages, const at::Tensor& slot_pages, const at::Tensor& slot_weights,
               const at::Tensor& slot_ids) {
   return {pages.const_data_ptr<uint8_t>(),      pages.size(1),      slot_pages.const_data_ptr<int32_t>(),
@@ -51,10 +58,26 @@ void run_parallel(const Problem& problem) {
       [](int64_t count, const std::function<void(int64_t, int64_t)>& body) { at::parallel_for(0, count, 1, body); });
 }
 
-// Whether the base is multiplied by our own loops or by torch (bench/results/ops.jsonl). Torch repacks the weight on each
-// call, which pays for itself only with many rows of float32; it multiplies 16-bit types more slowly at any number. The
-// choice does not look at the adapters, so that a row's result does not depend on its neighbours'.
-bool own_base(DType dtype, int64_t m) { return dtype != kFloat32 || m <= 64; }
+bool has_amx() {
+  static const bool has = [] {
+    for (const auto& [name, present] : features()) {
+      if (name == "amx_bf16") return present;
+    }
+    return false;
+  }();
+  return has;
+}
+
+// Whether the base is multiplied by our own loops or by torch. The choice does not look at the adapters, so that a
+// row's result does not depend on its neighbours'.
+bool own_base(DType dtype, int64_t m, const at::Tensor& weight) {
+  if (weight.size(1) > 1 && weight.stride(1) != 1) return false;
+  // Torch has AMX to multiply bfloat16 with where there is one: several times as many operations, so that only few rows
+  // are bound by memory. Not measured yet.
+  constexpr int64_t kMostBesideAmx = 16;
+  const int64_t most = kernels().own_base_rows[dtype];
+  return m <= (dtype == kBFloat16 && has_amx() ? std::min(most, kMostBesideAmx) : most);
+}
 
 at::Tensor rows_in_order(const at::Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ? t : t.contiguous(); }
 
@@ -65,15 +88,16 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
   check_bank(x, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
+  check_pages(slot_pages, pages.size(0));
   // The result is of x's dtype, and its sums in float32, whatever autocast thinks of the products within.
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::Tensor rows = rows_in_order(x), base = rows_in_order(weight);
+  const at::Tensor rows = rows_in_order(x);
   Problem problem = {};
   problem.dtype = dtype_of(x);
   problem.m = m, problem.n = n, problem.k = k;
   problem.x = rows.const_data_ptr(), problem.x_stride = rows.stride(0);
   problem.bank = view(pages, slot_pages, slot_weights, slot_ids);
-  if (!own_base(problem.dtype, m)) {
+  if (!own_base(problem.dtype, m, weight)) {
     at::Tensor y = at::linear(x, weight, bias);
     problem.y = y.mutable_data_ptr(), problem.y_stride = n;
     if (touches(problem)) run_parallel(problem);
@@ -82,7 +106,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   at::Tensor y = at::empty({m, n}, x.options());
   const at::Tensor offset = bias ? bias->contiguous() : at::Tensor();
   problem.y = y.mutable_data_ptr(), problem.y_stride = n;
-  problem.weight = base.const_data_ptr(), problem.weight_stride = base.stride(0);
+  problem.weight = weight.const_data_ptr(), problem.weight_stride = weight.stride(0);
   problem.bias = offset.defined() ? offset.const_data_ptr() : nullptr;
   run_parallel(problem);
   return y;
@@ -94,6 +118,9 @@ void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& pages, con
   const int64_t n = transpose ? x.size(1) : y.size(1), k = transpose ? y.size(1) : x.size(1);
   check_bank(x, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
+  check_pages(slot_pages, pages.size(0));
+  at::assert_no_internal_overlap(y);
+  at::assert_no_overlap(y, x);
   const at::Tensor rows = rows_in_order(x);
   at::Tensor out = rows_in_order(y);
   Problem problem = {};
@@ -108,18 +135,18 @@ void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& pages, con
   if (!out.is_same(y)) y.copy_(out);
 }
 
-struct AlignedFree {
-  void operator()(void* p) const { std::free(p); }
-};
-
-std::unique_ptr<float[], AlignedFree> scratch(int64_t floats) {
-  const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
-  return std::unique_ptr<float[], AlignedFree>(static_cast<float*>(std::aligned_alloc(64, bytes)));
-}
-
-// Arguments are checked by dts_fast/descent.py, the only caller.
 void descend(at::Tensor& rows, const at::Tensor& target, const at::Tensor& gram, const at::Tensor& curvature,
              const at::Tensor& levels, int64_t sweeps) {
+  const int64_t rank = rows.dim() == 2 ? rows.size(0) : -1;
+  const auto fits = [](const at::Tensor& t, at::IntArrayRef sizes) {
+    return t.scalar_type() == at::kFloat && t.sizes() == sizes && t.is_contiguous();
+  };
+  expect(rank >= 0 && fits(rows, rows.sizes()), "rows", "contiguous float32 [r, n]", rows);
+  expect(fits(target, rows.sizes()), "target", "contiguous float32 " + shape_text(rows.sizes()) + " like rows", target);
+  expect(fits(gram, {rank, rank}), "gram", "contiguous float32 " + shape_text({rank, rank}), gram);
+  expect(fits(curvature, {rank}), "curvature", "contiguous float32 " + shape_text({rank}), curvature);
+  expect(fits(levels, {4}), "levels", "contiguous float32 [4], ascending", levels);
+  if (rows.numel() == 0) return;
   const Descent problem = {rows.data_ptr<float>(),
                            target.const_data_ptr<float>(),
                            gram.const_data_ptr<float>(),
@@ -131,7 +158,7 @@ void descend(at::Tensor& rows, const at::Tensor& target, const at::Tensor& gram,
   const auto run = kernels().descend;
   const int64_t chunks = (problem.n + kDescentColumns - 1) / kDescentColumns;
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    const auto memory = scratch(descent_scratch(problem.rank));
+    const Scratch memory(descent_scratch(problem.rank));
     run(problem, begin * kDescentColumns, std::min(end * kDescentColumns, problem.n), memory.get());
   });
 }

@@ -65,6 +65,8 @@ inline void in_register(Vec&) {}
 
 const Kernels kScalar = {
     "scalar",
+    // Torch may have vectors where this file has none.
+    {0, 0, 0},
     {widen<float>, widen<Half>, widen<BFloat16>},
     {pack<float>, pack<Half>, pack<BFloat16>},
     {dense<float>, dense<Half>, dense<BFloat16>},

@@ -1,0 +1,148 @@
+// Runs every kernel of every instruction set on awkward sizes under AddressSanitizer and UndefinedBehaviorSanitizer
+// (make sanitize). All buffers have exactly the size that the kernels may touch; results are compared between
+// instruction sets, and with the float64 reference by tests/test_ops.py.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/batch.h"
+#include "cpu/isa.h"
+
+using namespace dts_fast::cpu;
+
+namespace {
+
+std::mt19937 generator(0);
+
+int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+float normal() { return std::normal_distribution<float>()(generator); }
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Bytes = std::unique_ptr<uint8_t, Free>;
+
+// From malloc, so that a byte beyond the end is seen.
+Bytes bytes(int64_t count) { return Bytes(static_cast<uint8_t*>(std::malloc(count ? count : 1))); }
+
+int64_t element_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+void put(DType dtype, uint8_t* p, int64_t i, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (dtype == kFloat32) std::memcpy(p + 4 * i, &value, 4);
+  // A float16 of the same few values as the bfloat16 would need: sign, exponent around 1, a little of the fraction.
+  const uint16_t half = dtype == kBFloat16 ? bits >> 16 : (bits >> 16 & 0x8000) | 0x3800 | (bits >> 13 & 0x3ff);
+  if (dtype != kFloat32) std::memcpy(p + 2 * i, &half, 2);
+}
+
+float get(DType dtype, const uint8_t* p, int64_t i) {
+  if (dtype == kFloat32) {
+    float value;
+    std::memcpy(&value, p + 4 * i, 4);
+    return value;
+  }
+  uint16_t half;
+  std::memcpy(&half, p + 2 * i, 2);
+  if (dtype == kFloat16) {
+    const int exponent = half >> 10 & 31;
+    const float fraction = (half & 1023) / 1024.0f;
+    const float value = exponent ? std::ldexp(1 + fraction, exponent - 15) : std::ldexp(fraction, -14);
+    return half & 0x8000 ? -value : value;
+  }
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+struct Case {
+  DType dtype;
+  int64_t m, n, k;
+  bool base, transpose;
+};
+
+void run_case(const Case& c) {
+  const int64_t pages = draw(1, 5), slots = 3, length = draw(0, 3);
+  const int64_t layer_n = c.transpose ? c.k : c.n, layer_k = c.transpose ? c.n : c.k;
+  const int64_t tiles = (layer_n + 15) / 16 + (layer_k + 15) / 16;
+  const int64_t page_nbytes = (kVOffset + tiles * kTileBytes + 127) / 128 * 128;
+  auto arena = std::unique_ptr<uint8_t, Free>(static_cast<uint8_t*>(std::aligned_alloc(128, pages * page_nbytes)));
+  for (int64_t i = 0; i < pages * page_nbytes; ++i) arena.get()[i] = static_cast<uint8_t>(draw(0, 255));
+  for (int64_t p = 0; p < pages; ++p) {
+    auto* const head = reinterpret_cast<float*>(arena.get() + p * page_nbytes);
+    for (int i = 0; i < 24; ++i) head[i] = normal();
+  }
+  std::vector<int32_t> slot_pages(slots * length), ids(c.m);
+  std::vector<float> weights(slots * length, 0.5f);
+  for (auto& page : slot_pages) page = static_cast<int32_t>(draw(-1, pages - 1));
+  for (auto& id : ids) id = static_cast<int32_t>(draw(-1, slots - 1));
+  const int64_t size = element_size(c.dtype);
+  const Bytes x = bytes(c.m * c.k * size), w = bytes(c.n * c.k * size), bias = bytes(c.n * size);
+  for (int64_t i = 0; i < c.m * c.k; ++i) put(c.dtype, x.get(), i, normal());
+  for (int64_t i = 0; i < c.n * c.k; ++i) put(c.dtype, w.get(), i, normal());
+  for (int64_t i = 0; i < c.n; ++i) put(c.dtype, bias.get(), i, normal());
+  std::vector<float> first;
+  for (const std::string& isa : available_isas()) {
+    set_isa(isa);
+    const Bytes y = bytes(c.m * c.n * size);
+    for (int64_t i = 0; i < c.m * c.n; ++i) put(c.dtype, y.get(), i, c.base ? NAN : 1.0f);
+    Problem p = {};
+    p.dtype = c.dtype, p.m = c.m, p.n = c.n, p.k = c.k;
+    p.x = x.get(), p.x_stride = c.k, p.y = y.get(), p.y_stride = c.n;
+    p.weight = c.base ? w.get() : nullptr, p.weight_stride = c.k, p.bias = c.base ? bias.get() : nullptr;
+    p.transpose = c.transpose;
+    p.bank = {arena.get(), page_nbytes, slot_pages.data(), weights.data(), length, ids.data()};
+    run(p, kernels(), 2, [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+      body(0, count / 2);
+      body(count / 2, count);
+    });
+    std::vector<float> out(c.m * c.n);
+    for (int64_t i = 0; i < c.m * c.n; ++i) out[i] = get(c.dtype, y.get(), i);
+    if (first.empty()) first = out;
+    for (size_t i = 0; i < out.size(); ++i) {
+      // One rounding of the output type, and float32 sums of a few hundred terms in another order.
+      const float allowed = 0.02f * (std::fabs(first[i]) + 1) + 1e-3f * static_cast<float>(c.k);
+      if (!(std::fabs(out[i] - first[i]) <= allowed)) {
+        std::printf("%s: %g, %s: %g at %zu (dtype %d, %ld x %ld x %ld)\n", available_isas()[0].c_str(), first[i],
+                    isa.c_str(), out[i], i, c.dtype, static_cast<long>(c.m), static_cast<long>(c.n),
+                    static_cast<long>(c.k));
+        std::exit(1);
+      }
+    }
+  }
+}
+
+void run_descent() {
+  const int64_t rank = draw(1, 40), n = draw(1, 150);
+  std::vector<float> rows(rank * n), target(rank * n), gram(rank * rank), curvature(rank, 1.0f);
+  const float levels[4] = {-1.5f, -0.5f, 0.5f, 1.5f};
+  for (auto& v : rows) v = levels[draw(0, 3)];
+  for (auto& v : target) v = normal();
+  for (auto& v : gram) v = 0.1f * normal();
+  for (const std::string& isa : available_isas()) {
+    set_isa(isa);
+    const Descent problem = {rows.data(), target.data(), gram.data(), curvature.data(), levels, rank, n, 2};
+    const auto scratch = std::unique_ptr<float, Free>(
+        static_cast<float*>(std::aligned_alloc(64, (descent_scratch(rank) * 4 + 63) / 64 * 64)));
+    kernels().descend(problem, 0, n, scratch.get());
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int i = 0; i < 400; ++i) {
+    const bool base = draw(0, 1);
+    run_case(
+        {static_cast<DType>(draw(0, kDTypes - 1)), draw(0, 70), draw(1, 90), draw(1, 200), base, !base && draw(0, 1)});
+    run_descent();
+  }
+  std::printf("no errors on");
+  for (const std::string& isa : available_isas()) std::printf(" %s", isa.c_str());
+  std::printf("\n");
+}
