@@ -74,6 +74,9 @@ def ranks_by_spectral_budget(
     """The next component goes to the matrix where it buys the most squared singular value per byte, until the budget
     is spent.
 
+    A matrix that is in the file at all has names and levels to pay for, so its first components are worth what they buy
+    together. What the next one in turn leaves over goes to those that still fit.
+
     Args:
         spectra: singular values ``[q]`` of each delta, descending.
         budget, size_of: see `ranks_by_uniform_budget`.
@@ -83,19 +86,41 @@ def ranks_by_spectral_budget(
         DTSError: even rank 0 everywhere is larger than the budget.
     """
     _check_smallest(shapes, budget, size_of)
+    nothing = dict.fromkeys(shapes, 0)
+    empty = size_of(nothing)
     offers = []
     for name, spectrum in spectra.items():
         n, k = shapes[name]
-        cost = packed_size(n) + packed_size(k) + 4
         bundles = spectrum[: min(n, k)].double().square().split(multiple)
-        offers += [(-float(bundle.mean()) / cost, name) for bundle in bundles if bool(bundle[0] > 0)]
+        gains = torch.tensor([float(bundle.sum()) for bundle in bundles if bool(bundle[0] > 0)], dtype=torch.float64)
+        if not len(gains):
+            continue
+        cost = torch.full_like(gains, multiple * (packed_size(n) + packed_size(k) + 4))
+        entry = size_of(nothing | {name: min(multiple, n, k)}) - empty
+        cost[0] = max(entry, 1)
+        together = torch.cumsum(gains, 0) / torch.cumsum(cost, 0)
+        first = int(together.argmax()) + 1
+        values = torch.cat([together[first - 1].expand(first), (gains / cost)[first:]])
+        offers += [(-value, name) for value in values.tolist()]
     names = [name for _, name in sorted(offers)]  # ties fall the same way on every run
+
+    def more(ranks: Ranks, name: str) -> Ranks:
+        return ranks | {name: min(ranks[name] + multiple, *shapes[name])}
 
     def after(count: int) -> Ranks:
         given = {name: multiple * len(list(group)) for name, group in groupby(sorted(names[:count]))}
-        return dict.fromkeys(shapes, 0) | {name: min(rank, *shapes[name]) for name, rank in given.items()}
+        return nothing | {name: min(rank, *shapes[name]) for name, rank in given.items()}
 
-    return _largest(after, len(names), budget, size_of)
+    ranks = _largest(after, len(names), budget, size_of)
+    taken = sum(-(-rank // multiple) for rank in ranks.values())
+    for name in names[taken : taken + _FILLING]:
+        if size_of(more(ranks, name)) <= budget:
+            ranks = more(ranks, name)
+    return ranks
+
+
+# How many components in turn are tried for what the budget leaves over.
+_FILLING = 64
 
 
 def _largest(ranks: Callable[[int], Ranks], count: int, budget: int, size_of: Callable[[Ranks], int]) -> Ranks:

@@ -50,11 +50,24 @@ def test_components_go_where_they_buy_most_per_byte(budget):
         n, k = SHAPES[name]
         return float(spectra[name][component]) ** 2 / (-(-n // 4) - (-k // 4) + 4)
 
-    taken = [value(name, j) for name, r in ranks.items() for j in range(r)]
-    left = {name: value(name, r) for name, r in ranks.items() if r < len(spectra[name])}
-    best = max(left, key=left.get)
-    assert all(v >= left[best] for v in taken)
-    assert size_of(ranks | {best: ranks[best] + 1}) > budget
+    left = [name for name, r in ranks.items() if r < len(spectra[name])]
+    assert all(size_of(ranks | {name: ranks[name] + 1}) > budget for name in left)
+    # A component is worth less than one that was left out only where that one would not fit in its place.
+    for name, r in ranks.items():
+        for other in left:
+            if r and other != name and value(name, r - 1) < value(other, ranks[other]):
+                assert size_of(ranks | {name: r - 1, other: ranks[other] + 1}) > budget
+
+
+def test_a_matrix_must_be_worth_its_names():
+    """One strong component of "wide" buys less than two of "square" where a matrix costs 500 bytes to mention."""
+
+    def with_names(ranks: dict[str, int]) -> int:
+        return size_of(ranks) + 500 * sum(r > 0 for r in ranks.values())
+
+    spectra = {"square": torch.tensor([1.0, 0.9, 0.0]), "wide": torch.tensor([1.1, 0.0]), "tall": torch.zeros(3)}
+    assert ranks_by_spectral_budget(SHAPES, spectra, 700, with_names) == {"square": 2, "wide": 0, "tall": 0}
+    assert ranks_by_spectral_budget(SHAPES, spectra, 1300, with_names) == {"square": 2, "wide": 1, "tall": 0}
 
 
 def test_components_without_energy_are_never_bought():
