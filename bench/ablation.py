@@ -42,7 +42,7 @@ class Variant:
     Attributes:
         options: of `refine`; None is the paper's fit.
         ranks: "energy" (squared singular value per byte), "density" (one for all), or the measure that stands for the
-            squared singular value: "share of the delta" or "share of the weight".
+            squared singular value: "singular value", "share of the delta" or "share of the weight".
         multiple: of the ranks.
     """
 
@@ -57,6 +57,7 @@ VARIANTS: dict[str, Variant] = {
     "paper": Variant(None, "density"),
     "paper's fit, ranks by energy": Variant(None),
     "one density": Variant(FULL, ranks="density"),
+    "ranks by singular value": Variant(FULL, "singular value"),
     "ranks by energy over the delta's": Variant(FULL, ranks="share of the delta"),
     "ranks by energy over the weight's": Variant(FULL, ranks="share of the weight"),
     "ranks in multiples of 16": Variant(FULL, multiple=16),
@@ -112,6 +113,8 @@ class Bench:
         if variant.ranks == "density":
             return ranks_by_uniform_budget(self.shapes, budget, size_of, variant.multiple)
         spectra = self.spectra
+        if variant.ranks == "singular value":
+            spectra = {name: s.sqrt() for name, s in spectra.items()}
         if variant.ranks == "share of the delta":
             spectra = {name: s / torch.linalg.vector_norm(s) for name, s in spectra.items()}
         if variant.ranks == "share of the weight":

@@ -46,11 +46,14 @@ LANGUAGE_MODELS = ("Llama-3.1-8B", "Qwen2.5-0.5B")
 def cases(question: str) -> Iterator[tuple[str, str, Case]]:
     """(model, layer, case) of a question."""
     if question == "single":
-        for dtype in DTYPES:
-            for model in (*LANGUAGE_MODELS, "BERT-base") if dtype != torch.float16 else ("Qwen2.5-0.5B",):
-                for layer, (n, k) in MODELS[model].items():
-                    for m in ROWS:
-                        yield model, layer, Case(n, k, m, dtype, rank_for_share(n, k, SHARE))
+        for model, dtype, sizes in (
+            *((model, dtype, ROWS) for dtype in (torch.bfloat16, torch.float32) for model in LANGUAGE_MODELS),
+            ("BERT-base", torch.bfloat16, (1, 8, 32, 256)),
+            ("Qwen2.5-0.5B", torch.float16, (1, 8, 32, 256)),
+        ):
+            for layer, (n, k) in MODELS[model].items():
+                for m in sizes:
+                    yield model, layer, Case(n, k, m, dtype, rank_for_share(n, k, SHARE))
     elif question == "mixed":
         for model in LANGUAGE_MODELS:
             for layer in ("q,o", "gate,up"):

@@ -12,8 +12,13 @@ namespace {
 
 constexpr int64_t kElementSize[kDTypes] = {4, 2, 2};
 
-// Rows of one call that are in flight together: their inputs in float32 stay in the second-level cache.
-constexpr int64_t kMostRows = 64;
+// Rows of one call that are in flight together: as many as leave their inputs, in float32 and packed, in the
+// second-level cache, but enough that the weights, which are read again for each such part, are not what takes the
+// time.
+int64_t rows_in_flight(int64_t k) {
+  constexpr int64_t kInputs = 1 << 18, kLeast = 64, kMost = 512;
+  return std::clamp(kInputs / std::max<int64_t>(k, 1) / 8 * 8, kLeast, kMost);
+}
 // Outputs of a block, whose sums stay in the first-level cache; more for one row, whose tables then serve more outputs.
 constexpr int64_t kBlock = 64;
 constexpr int64_t kBlockOfOne = 256;
@@ -242,8 +247,9 @@ bool touches(const Problem& p) {
 
 void run(const Problem& p, const Kernels& kernels, int threads, const ParallelFor& parallel_for) {
   if (p.n == 0) return;
-  for (int64_t row = 0; row < p.m; row += kMostRows) {
-    Batch(p, kernels, row, std::min(kMostRows, p.m - row)).run(threads, parallel_for);
+  const int64_t part = rows_in_flight(p.k);
+  for (int64_t row = 0; row < p.m; row += part) {
+    Batch(p, kernels, row, std::min(part, p.m - row)).run(threads, parallel_for);
   }
 }
 
