@@ -1,6 +1,6 @@
 """What a personalised linear layer costs over the bare one: single adapters, mixed and base-only batches, switching.
 
-    python bench/bench_ops.py [--only QUESTION] [--rounds 15] [--out bench/results/ops.jsonl]     (make bench)
+    python bench/bench_ops.py [--only QUESTION] [--dtype T] [--rounds 15] [--out bench/results/ops.jsonl]  (make bench)
     pytest bench/bench_ops.py                                                  (a few points under pytest-benchmark)
 
 The protocol is dts_fast/benchmark.py's. Adapters take 1 % of a 16-bit base. The file is written as results come, and a
@@ -29,6 +29,7 @@ from dts_fast.benchmark import (
     Case,
     Layers,
     Roofline,
+    dtype_name,
     measure_roofline,
     random_delta,
     rank_for_share,
@@ -92,14 +93,16 @@ def switching(layers: int = 168) -> dict[str, object]:
 QUESTIONS = ("single", "mixed", "base", "switch")
 
 
-def run(question: str, roofline: Roofline, done: set[str], rounds: int) -> Iterator[dict[str, object]]:
+def run(
+    question: str, roofline: Roofline, done: set[str], rounds: int, dtype: str | None = None
+) -> Iterator[dict[str, object]]:
     if question == "switch":
         if "switch" not in done:
             yield {"question": "switch", "key": "switch", **switching()}
         return
     for model, layer, case in cases(question):
         key = f"{question} {model} {layer} {case}"
-        if key not in done:
+        if key not in done and dtype in (None, dtype_name(case.dtype)):
             for row in run_case(case, roofline, peers=question != "base", rounds=rounds):
                 yield {"question": question, "key": key, "model": model, "layer": layer, **row}
 
@@ -129,6 +132,7 @@ def summary(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=QUESTIONS)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], help="Only cases of this one.")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "ops.jsonl")
     options = parser.parse_args()
@@ -142,7 +146,7 @@ def main() -> None:
             out.write(json.dumps({"header": head, "roofline": asdict(roofline)}) + "\n")
         done = {row["key"] for row in rows}
         for question in [options.only] if options.only else QUESTIONS:
-            for row in run(question, roofline, done, options.rounds):
+            for row in run(question, roofline, done, options.rounds, options.dtype):
                 rows.append(row)
                 out.write(json.dumps(row) + "\n")
                 out.flush()
