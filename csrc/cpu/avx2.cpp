@@ -35,6 +35,11 @@ inline Vec load(const Half* p) {
   return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
+inline void store_narrow(Half* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+}
+
 // The four levels in each half: vpermilps looks up within halves, by the two lowest bits of each lane.
 typedef Vec Table;
 

@@ -37,6 +37,11 @@ inline Vec load(const Half* p) {
   return reinterpret_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
 
+inline void store_narrow(Half* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+}
+
 // The four levels four times: vpermps looks at the four lowest bits of each lane, of which two are the code.
 typedef Vec Table;
 
@@ -63,7 +68,7 @@ const Kernels kAvx512 = {
     "avx512",
     // bench/results/ops.jsonl and ops_float16.jsonl. Torch repacks the weight on each call, which pays for itself with
     // many rows of float32, and of float16 where the processor multiplies that.
-    {64, 16, kAnyRows},
+    {64, 64, kAnyRows},
     {widen<float>, widen<Half>, widen<BFloat16>},
     {pack<float>, pack<Half>, pack<BFloat16>},
     {dense<float>, dense<Half>, dense<BFloat16>},

@@ -43,6 +43,10 @@ inline Vec load(const Half* p) {
   return v;
 }
 
+inline void store_narrow(Half* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = narrow<Half>(v[i]);
+}
+
 struct Table {
   float levels[4];
 };
