@@ -120,9 +120,7 @@ _CANDIDATES = {
 def ops() -> str:
     """Time over the bare linear's, one adapter: geometric means over the linears of each model."""
     head, rows = _read("ops.jsonl")
-    # Float16 was measured once more after its choice of the base's product had changed.
-    single = [row for row in rows if row["question"] == "single" and row["dtype"] != "float16"]
-    single += [row for row in _read("ops_float16.jsonl")[1] if row["question"] == "single"]
+    single = [row for row in rows if row["question"] == "single"]
     out = []
     for dtype in ("bfloat16", "float32", "float16"):
         mine = [row for row in single if row["dtype"] == dtype]
