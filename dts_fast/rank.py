@@ -74,8 +74,8 @@ def ranks_by_spectral_budget(
     """The next component goes to the matrix where it buys the most squared singular value per byte, until the budget
     is spent.
 
-    A matrix that is in the file at all has names and levels to pay for, so its first components are worth what they buy
-    together. What the next one in turn leaves over goes to those that still fit.
+    What the next one in turn leaves over goes to those that still fit. (The names and levels of a matrix are not
+    counted as its price: that starves small matrices, and models got worse.)
 
     Args:
         spectra: singular values ``[q]`` of each delta, descending.
@@ -87,21 +87,12 @@ def ranks_by_spectral_budget(
     """
     _check_smallest(shapes, budget, size_of)
     nothing = dict.fromkeys(shapes, 0)
-    empty = size_of(nothing)
     offers = []
     for name, spectrum in spectra.items():
         n, k = shapes[name]
+        cost = packed_size(n) + packed_size(k) + 4
         bundles = spectrum[: min(n, k)].double().square().split(multiple)
-        gains = torch.tensor([float(bundle.sum()) for bundle in bundles if bool(bundle[0] > 0)], dtype=torch.float64)
-        if not len(gains):
-            continue
-        cost = torch.full_like(gains, multiple * (packed_size(n) + packed_size(k) + 4))
-        entry = size_of(nothing | {name: min(multiple, n, k)}) - empty
-        cost[0] = max(entry, 1)
-        together = torch.cumsum(gains, 0) / torch.cumsum(cost, 0)
-        first = int(together.argmax()) + 1
-        values = torch.cat([together[first - 1].expand(first), (gains / cost)[first:]])
-        offers += [(-value, name) for value in values.tolist()]
+        offers += [(-float(bundle.mean()) / cost, name) for bundle in bundles if bool(bundle[0] > 0)]
     names = [name for _, name in sorted(offers)]  # ties fall the same way on every run
 
     def more(ranks: Ranks, name: str) -> Ranks:

@@ -59,17 +59,6 @@ def test_components_go_where_they_buy_most_per_byte(budget):
                 assert size_of(ranks | {name: r - 1, other: ranks[other] + 1}) > budget
 
 
-def test_a_matrix_must_be_worth_its_names():
-    """One strong component of "wide" buys less than two of "square" where a matrix costs 500 bytes to mention."""
-
-    def with_names(ranks: dict[str, int]) -> int:
-        return size_of(ranks) + 500 * sum(r > 0 for r in ranks.values())
-
-    spectra = {"square": torch.tensor([1.0, 0.9, 0.0]), "wide": torch.tensor([1.1, 0.0]), "tall": torch.zeros(3)}
-    assert ranks_by_spectral_budget(SHAPES, spectra, 700, with_names) == {"square": 2, "wide": 0, "tall": 0}
-    assert ranks_by_spectral_budget(SHAPES, spectra, 1300, with_names) == {"square": 2, "wide": 1, "tall": 0}
-
-
 def test_components_without_energy_are_never_bought():
     spectra = {name: torch.zeros(min(shape)) for name, shape in SHAPES.items()}
     spectra["square"][:3] = 1.0
