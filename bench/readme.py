@@ -131,11 +131,12 @@ def ops() -> str:
                 cells = []
                 for m in sizes:
                     at = [r for r in mine if (r["model"], r["candidate"], r["m"]) == (model, candidate, m)]
+                    cells.append("")
                     if at:
                         mean = geometric_mean(r["ratio"] for r in at)
                         worst = f" ({max(r['ratio'] for r in at):.2f})" if candidate == "DTSLinear" else ""
-                        cells.append(f"{mean:.2f}{worst}")
-                if cells:
+                        cells[-1] = f"{mean:.2f}{worst}"
+                if any(cells):
                     label = f"**{label}**" if candidate == "DTSLinear" else label
                     out.append(f"| {model}: {label} | " + " | ".join(cells) + " |")
         out.append("")
