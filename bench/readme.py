@@ -120,7 +120,10 @@ _CANDIDATES = {
 def ops() -> str:
     """Time over the bare linear's, one adapter: geometric means over the linears of each model."""
     head, rows = _read("ops.jsonl")
-    single = [row for row in rows if row["question"] == "single"]
+    # Float16 was measured once more, after its stores and its choice of the base's product had changed.
+    half_head, half = _read("ops_float16.jsonl")
+    single = [row for row in rows if row["question"] == "single" and row["dtype"] != "float16"]
+    single += [row for row in half if row["question"] == "single"]
     out = []
     for dtype in ("bfloat16", "float32", "float16"):
         mine = [row for row in single if row["dtype"] == dtype]
@@ -145,7 +148,8 @@ def ops() -> str:
         "Time over that of `F.linear`, medians of interleaved ratios, geometric mean over the model's linears (in "
         "brackets the worst); adapters at 1 % of a 16-bit base; weights and codes come from memory, "
         f"which reads {head['roofline']['bytes_per_s'] / 1e9:.0f} GB/s here; products reach {flops:.0f} GF/s. "
-        f"({hardware(head['header'])}; [bench/results/ops.jsonl](bench/results/ops.jsonl), where the share of the "
+        f"({hardware(head['header'])}, float16 {half_head['header']['commit']}; "
+        "[bench/results/ops.jsonl](bench/results/ops.jsonl), where the share of the "
         "roofline stands beside each figure)"
     )
     return "\n".join(out)

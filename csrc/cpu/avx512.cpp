@@ -66,8 +66,8 @@ inline void in_register(Vec& value) { __asm__("" : "+v"(value)); }
 
 const Kernels kAvx512 = {
     "avx512",
-    // bench/results/ops.jsonl. Torch repacks the weight on each call, which pays for itself with many rows of float32,
-    // and of float16 where the processor multiplies that.
+    // bench/results/ops.jsonl, ops_float16.jsonl. Torch repacks the weight on each call, which pays for itself with
+    // many rows of float32, and of float16 where the processor multiplies that.
     {64, 64, kAnyRows},
     {widen<float>, widen<Half>, widen<BFloat16>},
     {pack<float>, pack<Half>, pack<BFloat16>},
