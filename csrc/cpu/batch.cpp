@@ -19,6 +19,7 @@ int64_t rows_in_flight(int64_t k) {
   constexpr int64_t kInputs = 1 << 18, kLeast = 64, kMost = 512;
   return std::clamp(kInputs / std::max<int64_t>(k, 1) / 8 * 8, kLeast, kMost);
 }
+
 // Outputs of a block, whose sums stay in the first-level cache; more for one row, whose tables then serve more outputs.
 constexpr int64_t kBlock = 64;
 constexpr int64_t kBlockOfOne = 256;
@@ -84,7 +85,11 @@ class Batch {
       wide_ = static_cast<const float*>(x_[0]);
     } else {
       const auto widen = [&](int64_t begin, int64_t end) { widen_rows(begin, end, wide.get()); };
-      rows_* p_.k < kSmall ? widen(0, rows_) : parallel_for(rows_, widen);
+      if (rows_ * p_.k < kSmall) {
+        widen(0, rows_);
+      } else {
+        parallel_for(rows_, widen);
+      }
       wide_ = wide.get();
     }
     make_tasks(threads);
