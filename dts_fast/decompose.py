@@ -13,8 +13,8 @@ _EXACT_SVD_ELEMENTS = 256 * 256
 # building a subspace.
 _GRAM_SIZE = 1024
 # A block of this share of the rank, multiplied this many times by the matrix and its transpose: the subspace of all
-# powers together holds more of the spectrum than the last power alone does for the same products (Musco and Musco 2015);
-# bench/bench_fit.py prints how much.
+# powers together holds more of the spectrum than the last power alone does for the same products (Musco and Musco
+# 2015); bench/bench_fit.py prints how much.
 _BLOCK_SHARE = 0.5
 _BLOCK_EXTRA = 8
 _KRYLOV_STEPS = 3

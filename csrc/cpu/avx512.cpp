@@ -69,16 +69,7 @@ const Kernels kAvx512 = {
     // bench/results/ops.jsonl, ops_float16.jsonl. Torch repacks the weight on each call, which pays for itself with
     // many rows of float32, and of float16 where the processor multiplies that.
     {64, 64, kAnyRows},
-    {widen<float>, widen<Half>, widen<BFloat16>},
-    {pack<float>, pack<Half>, pack<BFloat16>},
-    {dense<float>, dense<Half>, dense<BFloat16>},
-    shrink,
-    expand,
-    shrink_one,
-    expand_one,
-    {store<float>, store<Half>, store<BFloat16>},
-    {add<float>, add<Half>, add<BFloat16>},
-    descend,
+#include "table.inc"
 };
 
 }  // namespace dts_fast::cpu

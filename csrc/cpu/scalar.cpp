@@ -65,22 +65,17 @@ inline void in_register(Vec&) {}
 #include "descend.inc"
 #include "lowrank.inc"
 
+// Tables of pairs need registers of 16 floats.
+constexpr decltype(Kernels::shrink_one) shrink_one = nullptr;
+constexpr decltype(Kernels::expand_one) expand_one = nullptr;
+
 }  // namespace
 
 const Kernels kScalar = {
     "scalar",
     // Torch may have vectors where this file has none.
     {0, 0, 0},
-    {widen<float>, widen<Half>, widen<BFloat16>},
-    {pack<float>, pack<Half>, pack<BFloat16>},
-    {dense<float>, dense<Half>, dense<BFloat16>},
-    shrink,
-    expand,
-    nullptr,
-    nullptr,
-    {store<float>, store<Half>, store<BFloat16>},
-    {add<float>, add<Half>, add<BFloat16>},
-    descend,
+#include "table.inc"
 };
 
 }  // namespace dts_fast::cpu
