@@ -67,16 +67,32 @@ inline void check_bank(const at::Tensor& x, int64_t n, int64_t k, int64_t page_n
   expect(slot_ids.device() == x.device(), "slot_ids", device, slot_ids);
 }
 
+inline void check_bias(const at::Tensor& x, const std::optional<at::Tensor>& bias, int64_t n) {
+  if (!bias) return;
+  expect(bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type(), "bias",
+         "[" + std::to_string(n) + "] " + dtype_text(x.scalar_type()), *bias);
+}
+
 inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   expect(weight.dim() == 2, "weight", "[N, K]", weight);
   expect(weight.scalar_type() == x.scalar_type(), "weight", "dtype of x, " + dtype_text(x.scalar_type()), weight);
   const int64_t n = weight.size(0), k = weight.size(1);
   expect(x.dim() == 2 && x.size(1) == k, "x", "[M, " + std::to_string(k) + "] for weight " + shape_text(weight.sizes()),
          x);
-  if (bias) {
-    expect(bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type(), "bias",
-           "[" + std::to_string(n) + "] " + dtype_text(x.scalar_type()), *bias);
-  }
+  check_bias(x, bias, n);
+}
+
+// A weight [n, K] in panels of `panel` outputs (dts_fast/packing.py).
+inline void check_packed_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                int64_t n, int64_t panel) {
+  expect(x.dim() == 2, "x", "[M, K]", x);
+  const int64_t pair = x.scalar_type() == at::kBFloat16 ? 2 : 1;
+  const at::DimVector sizes = {(n + panel - 1) / panel, (x.size(1) + pair - 1) / pair, panel, pair};
+  expect(weight.sizes() == sizes && weight.scalar_type() == x.scalar_type() && weight.is_contiguous(), "weight",
+         "contiguous " + dtype_text(x.scalar_type()) + " " + shape_text(sizes) + ", packed from " +
+             shape_text({n, x.size(1)}),
+         weight);
+  check_bias(x, bias, n);
 }
 
 inline void check_add_delta(const at::Tensor& y, const at::Tensor& x) {

@@ -41,10 +41,13 @@ class DTSModel(nn.Module):
     Args:
         model: a `transformers` model, or any module whose parameters carry the checkpoint's names.
         max_adapters: how many adapters may be loaded at a time.
+        prepack: keep the weights of the linear layers that adapters change in the order in which the CPU kernels read
+            them, see `DTSLinear`; tied ones stay as they are. Nothing of the caller's may hold those parameters.
     """
 
-    def __init__(self, model: nn.Module, max_adapters: int = 8) -> None:
+    def __init__(self, model: nn.Module, max_adapters: int = 8, *, prepack: bool = False) -> None:
         super().__init__()
+        self.prepack = prepack
         self.model = model
         self.slots = SlotTable(max_adapters)
         self.adapter_configs: dict[str, Mapping[str, object]] = {}
@@ -52,7 +55,7 @@ class DTSModel(nn.Module):
         # Before anything is wrapped: the checkpoint's names are those of the bare model. Tied parameters have
         # several names.
         self._modules_by_path = dict(model.named_modules(remove_duplicate=False))
-        self._parameters_by_name = dict(model.named_parameters(remove_duplicate=False))
+        self._aliases = _aliases(model)
         self._names_in_checkpoint = _names_in_checkpoint(model)
         self._wrappers: dict[str, DTSModule] = {}
         # generate() calls an encoder by itself.
@@ -79,6 +82,7 @@ class DTSModel(nn.Module):
         adapter_name: str = DEFAULT_ADAPTER,
         *,
         max_adapters: int = 8,
+        prepack: bool = False,
         verify_base: bool = True,
         **model_kwargs: object,
     ) -> DTSModel:
@@ -88,6 +92,8 @@ class DTSModel(nn.Module):
             base_model: a loaded model, or a directory, ``.safetensors`` file or hub id. From a path, the model class
                 is the one the fine-tune had, so that its head is there.
             adapter: adapter directory or hub id.
+            max_adapters, prepack: see `DTSModel`.
+            verify_base: see `load_adapter`.
             model_kwargs: for the ``from_pretrained`` of transformers (``dtype``, ``device_map``, ...).
 
         Raises:
@@ -97,7 +103,7 @@ class DTSModel(nn.Module):
         loaded = load_adapter(adapter)
         if not isinstance(base_model, nn.Module):
             base_model = _load_base(base_model, loaded.config["model_config"], model_kwargs)
-        model = cls(base_model, max_adapters)
+        model = cls(base_model, max_adapters, prepack=prepack)
         try:
             model._attach(loaded, adapter_name, verify_base)
         except BaseException:
@@ -243,11 +249,12 @@ class DTSModel(nn.Module):
             UnknownAdapterError: no such adapter.
         """
         slot = self.slots.slot(adapter_name or self.slots.active)
+        layers = [wrapper.bare_layer() for wrapper in self._wrappers.values()]
         # All are computed before any is written: layers with tied weights share a parameter.
-        merged = [(wrapper, wrapper.dense_parameters(slot)) for wrapper in self._wrappers.values()]
-        for wrapper, parameters in merged:
+        merged = [wrapper.dense_parameters(slot) for wrapper in self._wrappers.values()]
+        for layer, parameters in zip(layers, merged, strict=True):
             for name, value in parameters.items():
-                wrapper.base_layer.get_parameter(name).data = value
+                layer.get_parameter(name).data = value
         for path in list(self._wrappers):
             self._put(path, self._wrappers.pop(path).base_layer)
         for name in self.slots.names:
@@ -317,7 +324,7 @@ class DTSModel(nn.Module):
                 parameters
             )
         if verify_base:
-            current = {name: self._parameters_by_name[live[name]] for name in adapter.deltas}
+            current = _LiveParameters(self._modules_by_path, {name: live[name] for name in adapter.deltas})
             check_fingerprint(
                 str(adapter.config["base_fingerprint"]), current, str(adapter.config["base_model_name_or_path"])
             )
@@ -325,7 +332,9 @@ class DTSModel(nn.Module):
         try:
             for path, parameters in owners.items():
                 if path not in self._wrappers:
-                    wrapper = wrap(self._modules_by_path[path], self.slots, path)
+                    wrapper = wrap(
+                        self._modules_by_path[path], self.slots, path, prepack=self.prepack and not self._is_tied(path)
+                    )
                     self._wrappers[path] = wrapper
                     self._put(path, wrapper)
                 loaded.append(self._wrappers[path])
@@ -339,21 +348,22 @@ class DTSModel(nn.Module):
 
     def _owners(self, name: str) -> list[tuple[str, str]]:
         """Modules that use a parameter, with its name in each: several where weights are tied."""
-        shared = self._parameters_by_name[name]
         owners = []
-        for alias, parameter in self._parameters_by_name.items():
-            if parameter is shared:
-                path, _, leaf = alias.rpartition(".")
-                parent, _, child = path.rpartition(".")
-                # MultiheadAttention reads its projection's weight without calling it: a wrapper there is never asked.
-                if isinstance(self._modules_by_path.get(parent), nn.MultiheadAttention):
-                    path, leaf = parent, f"{child}.{leaf}"
-                # A module that stands at several paths is wrapped once, under the first.
-                module = self._modules_by_path[path]
-                first = next(p for p, m in self._modules_by_path.items() if m is module)
-                if (first, leaf) not in owners:
-                    owners.append((first, leaf))
+        for alias in self._aliases[name]:
+            path, _, leaf = alias.rpartition(".")
+            parent, _, child = path.rpartition(".")
+            # MultiheadAttention reads its projection's weight without calling it: a wrapper there is never asked.
+            if isinstance(self._modules_by_path.get(parent), nn.MultiheadAttention):
+                path, leaf = parent, f"{child}.{leaf}"
+            # A module that stands at several paths is wrapped once, under the first.
+            module = self._modules_by_path[path]
+            first = next(p for p, m in self._modules_by_path.items() if m is module)
+            if (first, leaf) not in owners:
+                owners.append((first, leaf))
         return owners
+
+    def _is_tied(self, path: str) -> bool:
+        return len(self._aliases.get(f"{path}.weight", ())) > 1
 
     def _put(self, path: str, module: nn.Module) -> None:
         """Put a module in the place of the one that had this path in the bare model."""
@@ -401,6 +411,32 @@ _MAIN_INPUTS = (
     "input_features",
     "input_values",
 )
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every parameter's name to all names of the same parameter: several where weights are tied."""
+    names: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(names[id(parameter)]) for name, parameter in parameters.items()}
+
+
+class _LiveParameters(Mapping):
+    """The base's parameters by their names in an adapter, looked up one at a time: a packed one is unpacked for it."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], names: Mapping[str, str]) -> None:
+        self.modules, self.names = modules, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, _, leaf = self.names[name].rpartition(".")
+        return self.modules[path].get_parameter(leaf)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _names_in_checkpoint(model: nn.Module) -> dict[str, str]:

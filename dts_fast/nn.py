@@ -27,6 +27,7 @@ from .codes import (
 )
 from .errors import BaseMismatchError, RoutingError
 from .mixture import mix
+from .prepack import PackedLinear, pack_, unpack_
 from .routing import current_route, current_slots, narrowed, slot_ids
 
 Parameter = Delta | Tensor
@@ -95,16 +96,24 @@ class DTSModule(nn.Module):
         Raises:
             BaseMismatchError: an unknown parameter name, or another shape than the base's.
         """
-        own = dict(self.base_layer.named_parameters())
+        own = self.base_shapes()
         kind = type(self.base_layer).__name__
         for name, parameter in parameters.items():
             if name not in own:
                 raise BaseMismatchError(f"{kind} has no parameter {name!r}; it has {', '.join(own) or 'none'}.")
-            if not isinstance(parameter, Tensor) and tuple(parameter.shape) != tuple(own[name].shape):
+            if not isinstance(parameter, Tensor) and tuple(parameter.shape) != own[name]:
                 raise BaseMismatchError(
-                    f"parameter {name!r} of {kind}: the base has shape {list(own[name].shape)}, the adapter "
+                    f"parameter {name!r} of {kind}: the base has shape {list(own[name])}, the adapter "
                     f"{list(parameter.shape)}. Attach it to the base it was made for."
                 )
+
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter of the base layer."""
+        return {name: tuple(parameter.shape) for name, parameter in self.base_layer.named_parameters()}
+
+    def bare_layer(self) -> nn.Module:
+        """The base layer as it was before it was wrapped; the wrapper is not to be used after."""
+        return self.base_layer
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter and free its slot."""
@@ -307,7 +316,13 @@ class DTSLinear(_BankedModule):
         max_adapters: slots, where no ``slots`` table is shared.
         max_rank: fixes the capacity, so that loading never allocates: every slot may take this rank. None lets the
             bank grow when a load needs it.
+        prepack: keep the weight in the order in which the CPU kernels read it, as the only copy (`prepack.pack_`);
+            for a plain `torch.nn.Linear` on the CPU. ``base_layer`` is changed in place; its ``weight`` can still be
+            read, and state dicts stay as they are.
         slots: table of names shared with other layers of a model.
+
+    Raises:
+        DTSError: ``prepack`` for another layer, see `prepack.pack_`.
 
     Input ``[..., in_features]``, first dimension the batch; output ``[..., out_features]`` in the same dtype.
     """
@@ -318,14 +333,31 @@ class DTSLinear(_BankedModule):
         max_adapters: int = 8,
         *,
         max_rank: int | None = None,
+        prepack: bool = False,
         slots: SlotTable | None = None,
     ) -> None:
         # Conv1D of transformers keeps its weight as [in, out]; known by name, because this file imports no models.
         self_transposed = type(base_layer).__name__ == "Conv1D"
         n, k = reversed(base_layer.weight.shape) if self_transposed else base_layer.weight.shape
-        super().__init__(base_layer, (n, k), max_adapters, slots, max_rank)
+        super().__init__(pack_(base_layer) if prepack else base_layer, (n, k), max_adapters, slots, max_rank)
         self.transposed = self_transposed
         self.in_features, self.out_features = k, n
+
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = super().base_shapes()
+        if isinstance(self.base_layer, PackedLinear):
+            shapes["weight"] = (self.out_features, self.in_features)
+        return shapes
+
+    def bare_layer(self) -> nn.Module:
+        packed = isinstance(self.base_layer, PackedLinear)
+        return unpack_(self.base_layer) if packed else self.base_layer
+
+    def _forward_one(self, slot: int, args, kwargs):
+        if slot in self.stored and isinstance(self.base_layer, PackedLinear):
+            dense = {"weight": self.base_layer.weight, "bias": self.base_layer.bias, **self.dense_parameters(slot)}
+            return nn.functional.linear(*args, **kwargs, **dense)
+        return super()._forward_one(slot, args, kwargs)
 
     def _oriented(self, matrix):
         if not self.transposed:
@@ -350,8 +382,10 @@ class DTSLinear(_BankedModule):
         x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
         bank = bank["pages"], bank["slot_pages"], bank["slot_weights"]
         ids = slot_ids(slots, x.shape[0], x.device)
+        if type(layer) is PackedLinear:
+            y = layer.run(x, *bank, ids)
         # A layer that accelerate moves or offloads must run itself, or its hooks do not.
-        if type(layer) is nn.Linear and "_hf_hook" not in layer.__dict__:
+        elif type(layer) is nn.Linear and "_hf_hook" not in layer.__dict__:
             weight, bias = layer.weight, layer.bias
             if torch.is_autocast_enabled(x.device.type):
                 dtype = torch.get_autocast_dtype(x.device.type)
@@ -407,12 +441,13 @@ class DTSEmbedding(_BankedModule):
 _RELATIVE_POSITIONS = ("relative_attention_bias", "relative_position_bias", "rel_embeddings")
 
 
-def wrap(layer: nn.Module, slots: SlotTable, path: str = "") -> DTSModule:
-    """The wrapper that serves a layer best; ``path`` is its name in the model."""
+def wrap(layer: nn.Module, slots: SlotTable, path: str = "", *, prepack: bool = False) -> DTSModule:
+    """The wrapper that serves a layer best; ``path`` is its name in the model, ``prepack`` `DTSLinear`'s where the
+    layer allows it."""
     if type(layer) is nn.Embedding:
         wrapper = DTSEmbedding(layer, slots=slots)
     elif isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
-        wrapper = DTSLinear(layer, slots=slots)
+        wrapper = DTSLinear(layer, prepack=prepack and type(layer) is nn.Linear, slots=slots)
     else:
         wrapper = DTSModule(layer, slots=slots)
     wrapper.batch_first = not path.endswith(_RELATIVE_POSITIONS)

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from . import native, reference  # noqa: F401  (native registers its kernels against the schemas below)
 from .codes import PageLayout
+from .packing import packed_shape, unpack_weight
 
 _LIBRARY = torch.library.Library("dts_fast", "DEF")
 _BANK = "Tensor pages, Tensor slot_pages, Tensor slot_weights, Tensor slot_ids"
 _LIBRARY.define(f"linear(Tensor x, Tensor weight, Tensor? bias, {_BANK}) -> Tensor")
+_LIBRARY.define(f"packed_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, {_BANK}) -> Tensor")
 _LIBRARY.define(f"add_delta_(Tensor(a!) y, Tensor x, {_BANK}, *, bool transpose=False) -> ()")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,6 +59,30 @@ def linear(
         return torch.ops.dts_fast.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
 
 
+def packed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    pages: Tensor,
+    slot_pages: Tensor,
+    slot_weights: Tensor,
+    slot_ids: Tensor,
+) -> Tensor:
+    """`linear` on a weight ``[out_features, K]`` in the packed form of `packing.pack_weight`.
+
+    Gradients flow to ``x`` alone.
+
+    Raises:
+        ValueError: see `linear`.
+    """
+    bank = pages, slot_pages, slot_weights, slot_ids
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.ops.dts_fast.packed_linear(x, weight, bias, out_features, *bank)
+    with torch._C._AutoDispatchBelowAutograd():  # see `linear`
+        return torch.ops.dts_fast.packed_linear(x, weight, bias, out_features, *bank)
+
+
 def add_delta_(
     y: Tensor,
     x: Tensor,
@@ -86,6 +112,21 @@ def _check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids) ->
     _expect(weight.dtype == x.dtype, "weight", f"dtype of x, {x.dtype}", weight)
     n, k = weight.shape
     _expect(x.dim() == 2 and x.shape[1] == k, "x", f"[M, {k}] for weight {list(weight.shape)}", x)
+    if bias is not None:
+        _expect(bias.shape == (n,) and bias.dtype == x.dtype, "bias", f"[{n}] {x.dtype}", bias)
+    _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids)
+
+
+def _check_packed_linear(x, weight, bias, out_features, pages, slot_pages, slot_weights, slot_ids) -> None:
+    _expect(x.dim() == 2, "x", "[M, K]", x)
+    n, k = out_features, x.shape[1]
+    shape = packed_shape(n, k, x.dtype)
+    _expect(
+        weight.shape == shape and weight.dtype == x.dtype and weight.is_contiguous(),
+        "weight",
+        f"contiguous {x.dtype} {list(shape)}, packed from {[n, k]}",
+        weight,
+    )
     if bias is not None:
         _expect(bias.shape == (n,) and bias.dtype == x.dtype, "bias", f"[{n}] {x.dtype}", bias)
     _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids)
@@ -157,6 +198,12 @@ def _linear_plain(x, weight, bias, pages, slot_pages, slot_weights, slot_ids):
     return reference.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
 
 
+def _packed_linear_plain(x, weight, bias, out_features, pages, slot_pages, slot_weights, slot_ids):
+    _check_packed_linear(x, weight, bias, out_features, pages, slot_pages, slot_weights, slot_ids)
+    plain = unpack_weight(weight, out_features, x.shape[1])
+    return _linear_plain(x, plain, bias, pages, slot_pages, slot_weights, slot_ids)
+
+
 def _add_delta_plain(y, x, pages, slot_pages, slot_weights, slot_ids, *, transpose=False):
     _check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, transpose)
     _check_slot_range(slot_ids, slot_pages.shape[0])
@@ -166,6 +213,7 @@ def _add_delta_plain(y, x, pages, slot_pages, slot_weights, slot_ids, *, transpo
 
 # Below autograd on every device; a kernel registered for one device wins over it.
 _LIBRARY.impl("linear", _linear_plain, "CompositeExplicitAutograd")
+_LIBRARY.impl("packed_linear", _packed_linear_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("add_delta_", _add_delta_plain, "CompositeExplicitAutograd")
 
 
@@ -173,6 +221,12 @@ _LIBRARY.impl("add_delta_", _add_delta_plain, "CompositeExplicitAutograd")
 def _linear_fake(x, weight, bias, pages, slot_pages, slot_weights, slot_ids):
     _check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("dts_fast::packed_linear", lib=_LIBRARY)
+def _packed_linear_fake(x, weight, bias, out_features, pages, slot_pages, slot_weights, slot_ids):
+    _check_packed_linear(x, weight, bias, out_features, pages, slot_pages, slot_weights, slot_ids)
+    return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.register_fake("dts_fast::add_delta_", lib=_LIBRARY)
@@ -200,6 +254,26 @@ def _linear_backward(ctx, grad):
 
 
 torch.library.register_autograd("dts_fast::linear", _linear_backward, setup_context=_linear_setup_context, lib=_LIBRARY)
+
+
+def _packed_linear_setup_context(ctx, inputs, output):
+    x, weight, _, ctx.out_features, *bank = inputs
+    ctx.in_features = x.shape[1]
+    ctx.save_for_backward(weight, *bank)
+
+
+def _packed_linear_backward(ctx, grad):
+    weight, *bank = ctx.saved_tensors
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ unpack_weight(weight, ctx.out_features, ctx.in_features)
+        torch.ops.dts_fast.add_delta_(grad_x, grad, *bank, transpose=True)
+    return grad_x, *([None] * 7)
+
+
+torch.library.register_autograd(
+    "dts_fast::packed_linear", _packed_linear_backward, setup_context=_packed_linear_setup_context, lib=_LIBRARY
+)
 
 
 class _AddDelta(torch.autograd.Function):

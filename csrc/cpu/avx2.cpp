@@ -20,6 +20,8 @@ namespace {
 constexpr int kLanes = 8;
 constexpr int kSums = 8;
 constexpr int64_t kRange = 1024;
+constexpr int kPanelRows = 2;
+constexpr int64_t kPanelAhead = 2048;
 constexpr int kMostRows = 4;
 
 #include "types.inc"
@@ -51,12 +53,15 @@ inline Vec lookup(Table table, Word codes) {
   return reinterpret_cast<Vec>(_mm256_permutevar_ps(reinterpret_cast<__m256>(table), reinterpret_cast<__m256i>(codes)));
 }
 
+inline Vec broadcast(float value) { return reinterpret_cast<Vec>(_mm256_set1_ps(value)); }
+
 // Keeps the compiler from loading the value again for each use.
 inline void in_register(Vec& value) { __asm__("" : "+x"(value)); }
 
 #include "dense.inc"
 #include "descend.inc"
 #include "lowrank.inc"
+#include "panels.inc"
 
 // Tables of pairs need registers of 16 floats.
 constexpr decltype(Kernels::shrink_one) shrink_one = nullptr;

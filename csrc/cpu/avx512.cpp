@@ -22,6 +22,8 @@ constexpr int kLanes = 16;
 constexpr int kSums = 8;
 constexpr int64_t kAnyRows = int64_t{1} << 40;
 constexpr int64_t kRange = 1024;
+constexpr int kPanelRows = 12;
+constexpr int64_t kPanelAhead = 2048;
 constexpr int kMostRows = 16;
 
 #include "types.inc"
@@ -54,6 +56,8 @@ inline Table table_of(const float* levels) {
   return reinterpret_cast<Table>(_mm512_broadcast_f32x4(_mm_loadu_ps(levels)));
 }
 
+inline Vec broadcast(float value) { return reinterpret_cast<Vec>(_mm512_set1_ps(value)); }
+
 // Keeps the compiler from loading the value again for each use.
 inline void in_register(Vec& value) { __asm__("" : "+v"(value)); }
 
@@ -61,6 +65,7 @@ inline void in_register(Vec& value) { __asm__("" : "+v"(value)); }
 #include "descend.inc"
 #include "lowrank.inc"
 #include "pairs.inc"
+#include "panels.inc"
 
 }  // namespace
 

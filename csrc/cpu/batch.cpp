@@ -14,15 +14,21 @@ constexpr int64_t kElementSize[kDTypes] = {4, 2, 2};
 
 // Rows of one call that are in flight together: as many as leave their inputs, in float32 and packed, in the
 // second-level cache, but enough that the weights, which are read again for each such part, are not what takes the
-// time.
-int64_t rows_in_flight(int64_t k) {
-  constexpr int64_t kInputs = 1 << 18, kLeast = 64, kMost = 512;
-  return std::clamp(kInputs / std::max<int64_t>(k, 1) / 8 * 8, kLeast, kMost);
+// time. On packed weights a range of k of the inputs serves a whole block of outputs, so that the third level does.
+int64_t rows_in_flight(const Problem& p) {
+  const int64_t inputs = p.panels ? 1 << 21 : 1 << 18;
+  constexpr int64_t kLeast = 64, kMost = 512;
+  return std::clamp(inputs / std::max<int64_t>(p.k, 1) / 8 * 8, kLeast, kMost);
 }
 
 // Outputs of a block, whose sums stay in the first-level cache; more for one row, whose tables then serve more outputs.
 constexpr int64_t kBlock = 64;
 constexpr int64_t kBlockOfOne = 256;
+// The same for many rows of a packed base.
+constexpr int64_t kBlockOfPanels = 256, kRowsOfPanels = 48;
+// Elements between widened rows that panels are multiplied with, so that rows of a power of two of them do not all lie
+// in the same few sets of the first-level cache.
+constexpr int64_t kApart = 16;
 // Pages and rows of one task of a shrink.
 constexpr int64_t kTaskPages = 8;
 constexpr int64_t kTaskRows = 32;
@@ -43,7 +49,7 @@ struct Task {
 class Batch {
  public:
   Batch(const Problem& p, const Kernels& kernels, int64_t first_row, int64_t rows)
-      : p_(p), kernels_(kernels), rows_(rows), wide_stride_(round_up(p.k, kPad)) {
+      : p_(p), kernels_(kernels), rows_(rows), wide_stride_(round_up(p.k, kPad) + (p.panels && rows > 1 ? kApart : 0)) {
     const int32_t* const ids = p.bank.slot_ids + first_row;
     std::vector<int64_t> order(rows);
     std::iota(order.begin(), order.end(), 0);
@@ -79,7 +85,7 @@ class Batch {
   }
 
   void run(int threads, const ParallelFor& parallel_for) {
-    const bool as_is = p_.dtype == kFloat32 && p_.k % kPad == 0 && contiguous();
+    const bool as_is = p_.dtype == kFloat32 && p_.k == wide_stride_ && contiguous();
     const Scratch wide(as_is ? 0 : rows_ * wide_stride_);
     if (as_is) {
       wide_ = static_cast<const float*>(x_[0]);
@@ -93,14 +99,15 @@ class Batch {
       wide_ = wide.get();
     }
     make_tasks(threads);
-    const int64_t tiles = round_up(p_.n, kTile) / kTile;
+    const int64_t unit = p_.panels ? kPanel : kTile;
+    const int64_t tiles = round_up(p_.n, unit) / unit;
     const auto inputs = [&](int64_t begin, int64_t end, const Inputs& in) {
       for (int64_t i = begin; i < end; ++i) run_task(i, in);
     };
     const auto outputs = [&](int64_t begin, int64_t end, const Inputs& in) {
-      run_outputs(begin * kTile, std::min(end * kTile, p_.n), in);
+      run_outputs(begin * unit, std::min(end * unit, p_.n), in);
     };
-    const Scratch h(h_size_), packed(p_.weight ? rows_ * wide_stride_ : 0);
+    const Scratch h(h_size_), packed(packs() ? rows_ * wide_stride_ : 0);
     const Inputs shared = {h.get(), packed.get()};
     if (work(p_.n) < kSmall) {
       inputs(0, task_count(), shared);
@@ -108,7 +115,7 @@ class Batch {
     } else if (work(0) < kRepeated) {
       // To wait for the other threads' part of the inputs would take longer than to compute them once more.
       parallel_for(tiles, [&](int64_t begin, int64_t end) {
-        const Scratch own_h(h_size_), own_packed(p_.weight ? rows_ * wide_stride_ : 0);
+        const Scratch own_h(h_size_), own_packed(packs() ? rows_ * wide_stride_ : 0);
         const Inputs own = {own_h.get(), own_packed.get()};
         inputs(0, task_count(), own);
         outputs(begin, end, own);
@@ -131,9 +138,12 @@ class Batch {
     float* packed;
   };
 
+  // Whether x is packed for the base; panels are multiplied with widened rows.
+  bool packs() const { return p_.weight && !p_.panels; }
+
   // Of the shrinks, and of what has `outputs` results a row.
   int64_t work(int64_t outputs) const {
-    int64_t total = p_.weight ? rows_ * (outputs + 1) * p_.k : 0;
+    int64_t total = p_.weight ? rows_ * (outputs + packs()) * p_.k : 0;
     for (const Group& group : groups_) total += group.rows * group.pages * kTile * (outputs + p_.k);
     return total;
   }
@@ -155,7 +165,7 @@ class Batch {
   }
 
   void make_tasks(int threads) {
-    packs_ = p_.weight ? (rows_ + kTaskRows - 1) / kTaskRows : 0;
+    packs_ = packs() ? (rows_ + kTaskRows - 1) / kTaskRows : 0;
     for (int64_t g = 0; g < static_cast<int64_t>(groups_.size()); ++g) {
       const Group& group = groups_[g];
       // Few adapters are divided so that every thread has a part.
@@ -194,11 +204,13 @@ class Batch {
   }
 
   void run_outputs(int64_t first, int64_t last, const Inputs& in) const {
-    const int64_t block = rows_ == 1 ? kBlockOfOne : kBlock;
+    const int64_t block = rows_ == 1 ? kBlockOfOne : p_.panels && rows_ >= kRowsOfPanels ? kBlockOfPanels : kBlock;
     const Scratch tile(rows_ * block);
     for (int64_t n = first; n < last; n += block) {
       const int64_t end = std::min(n + block, last);
-      if (p_.weight) {
+      if (p_.panels) {
+        kernels_.dense_panels[p_.dtype](wide_, wide_stride_, rows_, p_.weight, p_.k, n, end, tile.get(), block);
+      } else if (p_.weight) {
         kernels_.dense[p_.dtype](in.packed, wide_stride_, rows_, p_.weight, p_.weight_stride, p_.k, n, end, tile.get(),
                                  block);
       } else {
@@ -252,7 +264,8 @@ bool touches(const Problem& p) {
 
 void run(const Problem& p, const Kernels& kernels, int threads, const ParallelFor& parallel_for) {
   if (p.n == 0) return;
-  const int64_t part = rows_in_flight(p.k);
+  const int64_t parts = (p.m + rows_in_flight(p) - 1) / rows_in_flight(p);
+  const int64_t part = round_up((p.m + parts - 1) / std::max<int64_t>(parts, 1), 8);
   for (int64_t row = 0; row < p.m; row += part) {
     Batch(p, kernels, row, std::min(part, p.m - row)).run(threads, parallel_for);
   }

@@ -27,8 +27,9 @@ struct Problem {
   void* y;  // [M, y_stride], likewise
   int64_t y_stride;
   // The dense base, of `linear`; null where the delta is added to what y holds.
-  const void* weight;  // [N, K]
+  const void* weight;  // [N, K], or packed in panels
   int64_t weight_stride;
+  bool panels;
   const void* bias;  // [N] or null
   bool transpose;    // of the layer's delta
   BankView bank;

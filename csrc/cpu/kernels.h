@@ -21,6 +21,9 @@ constexpr int64_t kULevelsOffset = 64;
 constexpr int64_t kVLevelsOffset = 80;
 constexpr int64_t kVOffset = 128;
 
+// Outputs of a panel of packed weights (dts_fast/packing.py).
+constexpr int64_t kPanel = 32;
+
 enum DType { kFloat32, kFloat16, kBFloat16, kDTypes };
 
 // Rows of input are widened to float32, and zero from K to the next multiple of kPad.
@@ -75,6 +78,11 @@ struct Kernels {
   // [N, K] with rows `stride` elements apart; x is packed. tile [rows, tile_stride] is written.
   void (*dense[kDTypes])(const float* packed, int64_t row_stride, int64_t rows, const void* weight, int64_t stride,
                          int64_t k, int64_t first, int64_t last, float* tile, int64_t tile_stride);
+
+  // The same for packed weights, straight from widened rows: `first` is a multiple of kPanel, and the rows of tile are
+  // padded to one.
+  void (*dense_panels[kDTypes])(const float* x, int64_t x_stride, int64_t rows, const void* weight, int64_t k,
+                                int64_t first, int64_t last, float* tile, int64_t tile_stride);
 
   // h[m, 16 p + r] = weight_p s_p[r] times the sum over i < size of x[m, i] F_p[i, r], for pages p of `count`. Rows of
   // x are zero from `size` to the next multiple of 16.

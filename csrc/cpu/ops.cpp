@@ -111,6 +111,28 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   return y;
 }
 
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         int64_t out_features, const at::Tensor& pages, const at::Tensor& slot_pages,
+                         const at::Tensor& slot_weights, const at::Tensor& slot_ids) {
+  const int64_t m = x.size(0), n = out_features, k = x.size(-1);
+  check_packed_linear(x, weight, bias, n, kPanel);
+  check_bank(x, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
+  check_range(slot_ids, slot_pages.size(0));
+  check_pages(slot_pages, pages.size(0));
+  at::Tensor y = at::empty({m, n}, x.options());
+  const at::Tensor rows = rows_in_order(x), offset = bias ? bias->contiguous() : at::Tensor();
+  Problem problem = {};
+  problem.dtype = dtype_of(x);
+  problem.m = m, problem.n = n, problem.k = k;
+  problem.x = rows.const_data_ptr(), problem.x_stride = rows.stride(0);
+  problem.bank = view(pages, slot_pages, slot_weights, slot_ids);
+  problem.y = y.mutable_data_ptr(), problem.y_stride = n;
+  problem.weight = weight.const_data_ptr(), problem.panels = true;
+  problem.bias = offset.defined() ? offset.const_data_ptr() : nullptr;
+  run_parallel(problem);
+  return y;
+}
+
 void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& pages, const at::Tensor& slot_pages,
                 const at::Tensor& slot_weights, const at::Tensor& slot_ids, bool transpose) {
   check_add_delta(y, x);
@@ -166,6 +188,7 @@ void descend(at::Tensor& rows, const at::Tensor& target, const at::Tensor& gram,
 
 TORCH_LIBRARY_IMPL(dts_fast, CPU, m) {
   m.impl("linear", &linear);
+  m.impl("packed_linear", &packed_linear);
   m.impl("add_delta_", &add_delta_);
   m.impl("descend_", &descend);
 }

@@ -9,6 +9,8 @@ namespace {
 constexpr int kLanes = 4;
 constexpr int kSums = 8;
 constexpr int64_t kRange = 1024;
+constexpr int kPanelRows = 1;
+constexpr int64_t kPanelAhead = 2048;
 constexpr int kMostRows = 4;
 
 #include "types.inc"
@@ -59,11 +61,14 @@ inline Vec lookup(const Table& table, Word codes) {
   return v;
 }
 
+inline Vec broadcast(float value) { return Vec{value, value, value, value}; }
+
 inline void in_register(Vec&) {}
 
 #include "dense.inc"
 #include "descend.inc"
 #include "lowrank.inc"
+#include "panels.inc"
 
 // Tables of pairs need registers of 16 floats.
 constexpr decltype(Kernels::shrink_one) shrink_one = nullptr;

@@ -63,7 +63,7 @@ float get(DType dtype, const uint8_t* p, int64_t i) {
 struct Case {
   DType dtype;
   int64_t m, n, k;
-  bool base, transpose;
+  bool base, transpose, panels;
 };
 
 void run_case(const Case& c) {
@@ -82,9 +82,12 @@ void run_case(const Case& c) {
   for (auto& page : slot_pages) page = static_cast<int32_t>(draw(-1, pages - 1));
   for (auto& id : ids) id = static_cast<int32_t>(draw(-1, slots - 1));
   const int64_t size = element_size(c.dtype);
-  const Bytes x = bytes(c.m * c.k * size), w = bytes(c.n * c.k * size), bias = bytes(c.n * size);
+  const Bytes x = bytes(c.m * c.k * size), bias = bytes(c.n * size);
+  const int64_t weights_count =
+      c.panels ? (c.n + kPanel - 1) / kPanel * kPanel * (c.dtype == kBFloat16 ? (c.k + 1) / 2 * 2 : c.k) : c.n * c.k;
+  const Bytes w = bytes(weights_count * size);
   for (int64_t i = 0; i < c.m * c.k; ++i) put(c.dtype, x.get(), i, normal());
-  for (int64_t i = 0; i < c.n * c.k; ++i) put(c.dtype, w.get(), i, normal());
+  for (int64_t i = 0; i < weights_count; ++i) put(c.dtype, w.get(), i, normal());
   for (int64_t i = 0; i < c.n; ++i) put(c.dtype, bias.get(), i, normal());
   std::vector<float> first;
   for (const std::string& isa : available_isas()) {
@@ -95,7 +98,7 @@ void run_case(const Case& c) {
     p.dtype = c.dtype, p.m = c.m, p.n = c.n, p.k = c.k;
     p.x = x.get(), p.x_stride = c.k, p.y = y.get(), p.y_stride = c.n;
     p.weight = c.base ? w.get() : nullptr, p.weight_stride = c.k, p.bias = c.base ? bias.get() : nullptr;
-    p.transpose = c.transpose;
+    p.transpose = c.transpose, p.panels = c.panels;
     p.bank = {arena.get(), page_nbytes, slot_pages.data(), weights.data(), length, ids.data()};
     run(p, kernels(), 2, [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
       body(0, count / 2);
@@ -138,8 +141,8 @@ void run_descent() {
 int main() {
   for (int i = 0; i < 400; ++i) {
     const bool base = draw(0, 1);
-    run_case(
-        {static_cast<DType>(draw(0, kDTypes - 1)), draw(0, 70), draw(1, 90), draw(1, 200), base, !base && draw(0, 1)});
+    run_case({static_cast<DType>(draw(0, kDTypes - 1)), draw(0, 70), draw(1, 90), draw(1, 200), base,
+              !base && draw(0, 1), base && draw(0, 1)});
     run_descent();
   }
   std::printf("no errors on");
