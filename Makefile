@@ -29,8 +29,8 @@ bench: $(VENV)/.installed
 
 sanitize:
 	mkdir -p build
-	$(CXX) -std=c++20 -O1 -g -DDTS_FAST_POISON -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
-		tests/native/sanitize.cpp csrc/cpu/batch.cpp csrc/cpu/isa.cpp csrc/cpu/scalar.cpp csrc/cpu/avx2.cpp csrc/cpu/avx512.cpp
+	$(CXX) -std=c++20 -O1 -g -Wno-psabi -DDTS_FAST_POISON -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
+		tests/native/sanitize.cpp csrc/cpu/batch.cpp csrc/cpu/isa.cpp csrc/cpu/scalar.cpp csrc/cpu/avx2.cpp csrc/cpu/avx512.cpp csrc/cpu/amx.cpp
 	build/sanitize
 
 # The build tools and torch first: the extension is built against the torch that runs it (--no-build-isolation).

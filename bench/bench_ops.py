@@ -1,4 +1,5 @@
-"""What a personalised linear layer costs over the bare one: single adapters, mixed and base-only batches, switching.
+"""What a personalised linear layer costs over the bare one: single adapters, mixed and base-only batches, switching. And
+how fast codes in a cache are decoded and multiplied.
 
     python bench/bench_ops.py [--only QUESTION] [--dtype T] [--rounds 15] [--out bench/results/ops.jsonl]  (make bench)
     pytest bench/bench_ops.py                                                  (a few points under pytest-benchmark)
@@ -21,8 +22,8 @@ import pytest
 import torch
 from torch import nn
 
-from dts_fast import DTSLinear, route
-from dts_fast.bank import SlotTable
+from dts_fast import DTSLinear, ops, route
+from dts_fast.bank import Bank, SlotTable
 from dts_fast.benchmark import (
     COMPOSITIONS,
     MODELS,
@@ -35,6 +36,7 @@ from dts_fast.benchmark import (
     rank_for_share,
     run_case,
 )
+from dts_fast.codes import PageLayout, to_pages
 from dts_fast.hardware import header
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +92,38 @@ def switching(layers: int = 168) -> dict[str, object]:
     return {"layers": layers, **{f"{name}_us": 1e6 * median(t) for name, t in times.items()}}
 
 
-QUESTIONS = ("single", "mixed", "base", "switch")
+@torch.inference_mode()
+def decoding(seconds: float = 1.0) -> Iterator[dict[str, object]]:
+    """Codes that one core decodes and multiplies in a second for one row, out of its caches: layers that are all V
+    (shrink) or all U (expand). The call itself is in the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for part, (n, k) in {"shrink": (16, 16384), "expand": (16384, 16)}.items():
+            rank = 256
+            bank = Bank(PageLayout(n, k).nbytes, 1)
+            bank.load(0, to_pages(random_delta(n, k, rank)))
+            x, y, ids = torch.randn(1, k), torch.zeros(1, n), torch.zeros(1, dtype=torch.int32)
+            times, end = [], time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                start = time.perf_counter()
+                for _ in range(20):
+                    ops.add_delta_(y, x, *bank.tensors, ids)
+                times.append((time.perf_counter() - start) / 20)
+            codes = rank * (n + k)
+            yield {
+                "question": "decode",
+                "key": f"decode {part}",
+                "part": part,
+                "codes": codes,
+                "us": 1e6 * median(times),
+                "codes_per_s": codes / median(times),
+            }
+    finally:
+        torch.set_num_threads(threads)
+
+
+QUESTIONS = ("single", "mixed", "base", "switch", "decode")
 
 
 def run(
@@ -99,6 +132,9 @@ def run(
     if question == "switch":
         if "switch" not in done:
             yield {"question": "switch", "key": "switch", **switching()}
+        return
+    if question == "decode":
+        yield from (row for row in decoding() if row["key"] not in done)
         return
     for model, layer, case in cases(question):
         key = f"{question} {model} {layer} {case}"

@@ -109,6 +109,7 @@ def ablation() -> str:
 
 _CANDIDATES = {
     "DTSLinear": "DTSLinear",
+    "DTSLinear, prepacked": "DTSLinear, prepacked",
     "prepacked oneDNN, base alone": "prepacked oneDNN, base alone",
     "two products, factors in the base's dtype": "two products",
     "PEFT LoRA, equal rank": "PEFT LoRA, equal rank",
@@ -120,10 +121,7 @@ _CANDIDATES = {
 def ops() -> str:
     """Time over the bare linear's, one adapter: geometric means over the linears of each model."""
     head, rows = _read("ops.jsonl")
-    # Float16 was measured once more, after its stores and its choice of the base's product had changed.
-    half_head, half = _read("ops_float16.jsonl")
-    single = [row for row in rows if row["question"] == "single" and row["dtype"] != "float16"]
-    single += [row for row in half if row["question"] == "single"]
+    single = [row for row in rows if row["question"] == "single"]
     out = []
     for dtype in ("bfloat16", "float32", "float16"):
         mine = [row for row in single if row["dtype"] == dtype]
@@ -137,10 +135,10 @@ def ops() -> str:
                     cells.append("")
                     if at:
                         mean = geometric_mean(r["ratio"] for r in at)
-                        worst = f" ({max(r['ratio'] for r in at):.2f})" if candidate == "DTSLinear" else ""
+                        worst = f" ({max(r['ratio'] for r in at):.2f})" if label.startswith("DTS") else ""
                         cells[-1] = f"{mean:.2f}{worst}"
                 if any(cells):
-                    label = f"**{label}**" if candidate == "DTSLinear" else label
+                    label = f"**{label}**" if label.startswith("DTS") else label
                     out.append(f"| {model}: {label} | " + " | ".join(cells) + " |")
         out.append("")
     flops = max(head["roofline"]["flops"].values()) / 1e9
@@ -148,7 +146,7 @@ def ops() -> str:
         "Time over that of `F.linear`, medians of interleaved ratios, geometric mean over the model's linears (in "
         "brackets the worst); adapters at 1 % of a 16-bit base; weights and codes come from memory, "
         f"which reads {head['roofline']['bytes_per_s'] / 1e9:.0f} GB/s here; products reach {flops:.0f} GF/s. "
-        f"({hardware(head['header'])}, float16 {half_head['header']['commit']}; "
+        f"({hardware(head['header'])}; "
         "[bench/results/ops.jsonl](bench/results/ops.jsonl), where the share of the "
         "roofline stands beside each figure)"
     )
@@ -159,8 +157,8 @@ def mixed() -> str:
     """32 rows that use several adapters, over the bare linear and over PEFT's mixed batch."""
     head, rows = _read("ops.jsonl")
     out = [
-        "| layer | composition | adapters | over `F.linear` | PEFT, equal rank, over it | PEFT, equal bytes, over it |",
-        "|---|---|---|---|---|---|",
+        "| layer | composition | adapters | over `F.linear` | prepacked | PEFT, equal rank, over it | equal bytes |",
+        "|---|---|---|---|---|---|---|",
     ]
     mine = [row for row in rows if row["question"] == "mixed"]
     for key in dict.fromkeys(row["key"] for row in mine):
@@ -172,15 +170,20 @@ def mixed() -> str:
         ]
         out.append(
             f"| {own['model']} {own['layer']} | {own['composition']} | {own['adapters']} | {own['ratio']:.2f} | "
+            f"{at['DTSLinear, prepacked']['ratio']:.2f} | "
             f"{peft[0]} | {peft[1]} |"
         )
     base = [r["ratio"] for r in rows if r["question"] == "base" and r["candidate"] == "DTSLinear"]
     switch = next(row for row in rows if row["question"] == "switch")
+    decode = {row["part"]: row["codes_per_s"] / 1e9 for row in rows if row["question"] == "decode"}
     out += [
         "",
         "32 rows, bfloat16, adapters at 1 %. A batch without adapters through a layer that has some loaded: "
         f"{geometric_mean(base):.2f} x the bare linear (up to {max(base):.2f}). Switching the adapter of "
-        f"{switch['layers']} layers: {switch['set_adapter_us']:.1f} microseconds. ({hardware(head['header'])})",
+        f"{switch['layers']} layers: {switch['set_adapter_us']:.1f} microseconds. Codes decoded and multiplied in a "
+        f"second for one row, by one core out of its cache: {decode['shrink']:.0f} G in the shrink, "
+        f"{decode['expand']:.0f} G in the expand. "
+        f"({hardware(head['header'])})",
     ]
     return "\n".join(out)
 

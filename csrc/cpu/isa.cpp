@@ -9,6 +9,10 @@
 
 #include <cstdint>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace dts_fast::cpu {
 
@@ -66,9 +70,22 @@ std::vector<std::pair<std::string, bool>> features() { return {}; }
 
 namespace {
 
+// Linux gives a process the registers of AMX on request only, because they make its state on a stack 8 KiB larger;
+// where it refuses (an old kernel, a small alternate signal stack), the first tile instruction would end the process.
+bool tiles_permitted() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
+
 struct Entry {
   const Kernels* kernels;
   std::vector<std::string> needs;
+  bool (*permitted)() = nullptr;
 };
 
 // A new instruction set is one line here and one file beside this one. Better ones come later.
@@ -78,6 +95,9 @@ const std::vector<Entry>& table() {
 #if defined(__x86_64__)
       {&kAvx2, {"avx2", "fma", "f16c"}},
       {&kAvx512, {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"}},
+      {&kAmx,
+       {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "amx_tile", "amx_bf16"},
+       &tiles_permitted},
 #endif
   };
   return entries;
@@ -93,7 +113,7 @@ std::vector<const Kernels*> available() {
       for (const auto& [name, has] : present) found |= has && name == need;
       runs &= found;
     }
-    if (runs) out.push_back(entry.kernels);
+    if (runs && (!entry.permitted || entry.permitted())) out.push_back(entry.kernels);
   }
   return out;
 }

@@ -57,25 +57,11 @@ void run_parallel(const Problem& problem) {
       [](int64_t count, const std::function<void(int64_t, int64_t)>& body) { at::parallel_for(0, count, 1, body); });
 }
 
-bool has_amx() {
-  static const bool has = [] {
-    for (const auto& [name, present] : features()) {
-      if (name == "amx_bf16") return present;
-    }
-    return false;
-  }();
-  return has;
-}
-
 // Whether the base is multiplied by our own loops or by torch. The choice does not look at the adapters, so that a
 // row's result does not depend on its neighbours'.
 bool own_base(DType dtype, int64_t m, const at::Tensor& weight) {
   if (weight.size(1) > 1 && weight.stride(1) != 1) return false;
-  // Torch has AMX to multiply bfloat16 with where there is one: several times as many operations, so that only few rows
-  // are bound by memory. Not measured yet.
-  constexpr int64_t kMostBesideAmx = 16;
-  const int64_t most = kernels().own_base_rows[dtype];
-  return m <= (dtype == kBFloat16 && has_amx() ? std::min(most, kMostBesideAmx) : most);
+  return m <= kernels().own_base_rows[dtype];
 }
 
 at::Tensor rows_in_order(const at::Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ? t : t.contiguous(); }

@@ -60,6 +60,69 @@ float get(DType dtype, const uint8_t* p, int64_t i) {
   return value;
 }
 
+// The tiles of AMX, emulated: what runs here is all of tiles.inc but the instructions themselves.
+namespace emulated {
+
+struct Register {
+  alignas(64) uint8_t bytes[1024];
+};
+thread_local Register registers[8];
+thread_local bool configured = false;
+
+void load(int t, const void* p, int64_t stride) {
+  for (int row = 0; row < 16; ++row) {
+    std::memcpy(registers[t].bytes + 64 * row, static_cast<const uint8_t*>(p) + row * stride, 64);
+  }
+}
+
+void store(int t, void* p, int64_t stride) {
+  for (int row = 0; row < 16; ++row) {
+    std::memcpy(static_cast<uint8_t*>(p) + row * stride, registers[t].bytes + 64 * row, 64);
+  }
+}
+
+// Intel's definition: sums[m, n] += a[m, 2 k] b[k, 2 n] + a[m, 2 k + 1] b[k, 2 n + 1].
+void dot(int sums, int a, int b) {
+  if (!configured) std::abort();
+  for (int m = 0; m < 16; ++m) {
+    for (int n = 0; n < 16; ++n) {
+      float sum;
+      std::memcpy(&sum, registers[sums].bytes + 64 * m + 4 * n, 4);
+      for (int k = 0; k < 32; ++k) {
+        sum += get(kBFloat16, registers[a].bytes + 64 * m, k) *
+               get(kBFloat16, registers[b].bytes + 64 * (k / 2), 2 * n + k % 2);
+      }
+      std::memcpy(registers[sums].bytes + 64 * m + 4 * n, &sum, 4);
+    }
+  }
+}
+
+constexpr int kLanes = 16;
+const Kernels& kFewRows = kScalar;
+#include "cpu/types.inc"
+#define TILES_BEGIN(config) (configured = (config)->palette == 1)
+#define TILES_END() (configured = false)
+#define TILE_ZERO(t) std::memset(registers[t].bytes, 0, 1024)
+#define TILE_LOAD(t, p, bytes) load(t, p, bytes)
+#define TILE_STORE(t, p, bytes) store(t, p, bytes)
+#define TILE_DOT(sums, a, b) dot(sums, a, b)
+#include "cpu/tiles.inc"
+
+const Kernels kernels = with_tiles(kScalar, "emulated amx");
+
+}  // namespace emulated
+
+// Of all instruction sets that run here, and the emulated one.
+std::vector<const Kernels*> tables() {
+  std::vector<const Kernels*> all;
+  for (const std::string& isa : available_isas()) {
+    set_isa(isa);
+    all.push_back(&dts_fast::cpu::kernels());
+  }
+  all.push_back(&emulated::kernels);
+  return all;
+}
+
 struct Case {
   DType dtype;
   int64_t m, n, k;
@@ -90,8 +153,7 @@ void run_case(const Case& c) {
   for (int64_t i = 0; i < weights_count; ++i) put(c.dtype, w.get(), i, normal());
   for (int64_t i = 0; i < c.n; ++i) put(c.dtype, bias.get(), i, normal());
   std::vector<float> first;
-  for (const std::string& isa : available_isas()) {
-    set_isa(isa);
+  for (const Kernels* kernels : tables()) {
     const Bytes y = bytes(c.m * c.n * size);
     for (int64_t i = 0; i < c.m * c.n; ++i) put(c.dtype, y.get(), i, c.base ? NAN : 1.0f);
     Problem p = {};
@@ -100,7 +162,7 @@ void run_case(const Case& c) {
     p.weight = c.base ? w.get() : nullptr, p.weight_stride = c.k, p.bias = c.base ? bias.get() : nullptr;
     p.transpose = c.transpose, p.panels = c.panels;
     p.bank = {arena.get(), page_nbytes, slot_pages.data(), weights.data(), length, ids.data()};
-    run(p, kernels(), 2, [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+    run(p, *kernels, 2, [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
       body(0, count / 2);
       body(count / 2, count);
     });
@@ -111,9 +173,8 @@ void run_case(const Case& c) {
       // One rounding of the output type, and float32 sums of a few hundred terms in another order.
       const float allowed = 0.02f * (std::fabs(first[i]) + 1) + 1e-3f * static_cast<float>(c.k);
       if (!(std::fabs(out[i] - first[i]) <= allowed)) {
-        std::printf("%s: %g, %s: %g at %zu (dtype %d, %ld x %ld x %ld)\n", available_isas()[0].c_str(), first[i],
-                    isa.c_str(), out[i], i, c.dtype, static_cast<long>(c.m), static_cast<long>(c.n),
-                    static_cast<long>(c.k));
+        std::printf("%s: %g, %s: %g at %zu (dtype %d, %ld x %ld x %ld)\n", tables()[0]->name, first[i], kernels->name,
+                    out[i], i, c.dtype, static_cast<long>(c.m), static_cast<long>(c.n), static_cast<long>(c.k));
         std::exit(1);
       }
     }
@@ -145,7 +206,7 @@ int main() {
               !base && draw(0, 1), base && draw(0, 1)});
     run_descent();
   }
-  std::printf("no errors on");
-  for (const std::string& isa : available_isas()) std::printf(" %s", isa.c_str());
+  std::printf("no errors");
+  for (const Kernels* kernels : tables()) std::printf(", %s", kernels->name);
   std::printf("\n");
 }
