@@ -1,5 +1,5 @@
-"""What a personalised linear layer costs over the bare one: single adapters, mixed and base-only batches, switching. And
-how fast codes in a cache are decoded and multiplied.
+"""What a personalised linear layer costs over the bare one: single adapters, mixed and base-only batches, switching.
+And how fast codes in a cache are decoded and multiplied.
 
     python bench/bench_ops.py [--only QUESTION] [--dtype T] [--rounds 15] [--out bench/results/ops.jsonl]  (make bench)
     pytest bench/bench_ops.py                                                  (a few points under pytest-benchmark)
