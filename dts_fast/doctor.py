@@ -10,7 +10,7 @@ import shutil
 
 import torch
 
-from . import native, ops  # noqa: F401  (ops registers what is reported on)
+from . import native, ops
 from .version import __version__
 
 _REBUILD = "in a clone of the project: pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -38,7 +38,6 @@ def diagnose() -> dict[str, object]:
 
 
 def _backends(compiler: str | None) -> list[dict[str, object]]:
-    has_cuda_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("dts_fast::linear", "CUDA")
     if native.MODULE is None:
         cpu_reason, mend = (
             f"the extension is {native.REASON}",
@@ -46,12 +45,13 @@ def _backends(compiler: str | None) -> list[dict[str, object]]:
         )
     else:
         cpu_reason, mend = f"{native.MODULE.cpu_isa()}; for CPU tensors", None
-    gpu_reason = "no GPU kernels in this release" if torch.cuda.is_available() else "no CUDA device here"
+    no_triton = ops.why_not_triton()
+    triton_mend = "pip install triton" if torch.cuda.is_available() and _version("triton") is None else None
     return [
         _backend("plain torch", True, "serves every device that no kernel below serves", None),
         _backend("CPU C++", native.MODULE is not None, cpu_reason, mend),
-        _backend("CUDA C++", has_cuda_kernel, None if has_cuda_kernel else gpu_reason, None),
-        _backend("Triton", False, gpu_reason, None),
+        _backend("CUDA C++", False, "not in this release", None),
+        _backend("Triton", no_triton is None, no_triton or "for CUDA tensors", triton_mend),
     ]
 
 

@@ -36,10 +36,12 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, marked where it has changes; None for an installed package."""
+    """The commit of this source tree, marked where it has changes; None for an installed package. Results are no
+    changes: a run writes them as it goes."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        run = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+        run = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=True)
+        changes = [*git, "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)bench/results"]
+        return run.stdout.strip() + ("-dirty" if subprocess.run(changes, check=False).returncode else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run.stdout.strip()

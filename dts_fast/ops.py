@@ -8,6 +8,8 @@ Shape symbols: M rows, N out, K in, P pages, S slots, L pages a slot may list.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -191,6 +193,42 @@ def _expect(holds: bool, name: str, expected: str, got: Tensor) -> None:
         )
 
 
+@cache
+def why_not_triton() -> str | None:
+    """Why Triton's kernels would not be used on a GPU; None where they are."""
+    if not torch.cuda.is_available():
+        return "no CUDA device here"
+    if torch.version.hip:
+        return "not tried on AMD GPUs"
+    try:
+        from . import triton  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "this GPU has no bfloat16 matrix units"
+    return None
+
+
+@cache
+def _gpu_kernels():
+    """The best kernels there are for GPUs: a module with the signatures of `reference`."""
+    if why_not_triton() is not None:
+        return reference
+    from . import triton  # slow to import, and of no use without a GPU
+
+    return triton
+
+
+def _linear_gpu(*arguments):
+    _check_linear(*arguments)
+    return _gpu_kernels().linear(*arguments)
+
+
+def _add_delta_gpu(*arguments, transpose=False):
+    _check_add_delta(*arguments, transpose)
+    _gpu_kernels().add_delta_(*arguments, transpose=transpose)
+
+
 def _linear_plain(x, weight, bias, pages, slot_pages, slot_weights, slot_ids):
     _check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
     _check_slot_range(slot_ids, slot_pages.shape[0])
@@ -215,6 +253,8 @@ def _add_delta_plain(y, x, pages, slot_pages, slot_weights, slot_ids, *, transpo
 _LIBRARY.impl("linear", _linear_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("packed_linear", _packed_linear_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("add_delta_", _add_delta_plain, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _linear_gpu, "CUDA")
+_LIBRARY.impl("add_delta_", _add_delta_gpu, "CUDA")
 
 
 @torch.library.register_fake("dts_fast::linear", lib=_LIBRARY)

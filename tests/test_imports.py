@@ -45,7 +45,12 @@ ALLOWED = {
     "verify": {"adapter_file", "checkpoint", "codes", "errors", "export", "fit"},
     "reference": {"codes"},
     "packing": set(),
-    "ops": {"codes", "native", "packing", "reference"},
+    "triton.configs": set(),
+    "triton.kernels": set(),
+    "triton.launch": {"codes", "triton.configs", "triton.kernels"},
+    "triton.aot": {"triton.configs", "triton.kernels", "triton.launch"},
+    "triton": {"triton.launch"},
+    "ops": {"codes", "native", "packing", "reference", "triton"},
     "bank": {"errors"},
     "routing": {"bank", "errors"},
     "prepack": {"codes", "errors", "native", "ops", "packing", "routing"},
@@ -70,12 +75,21 @@ ALLOWED = {
 }  # fmt: skip
 
 
+def name_of(file: Path) -> str:
+    """A module's name within the package: ``ops``, ``triton`` (its __init__), ``triton.kernels``."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
 def imports_of(file: Path) -> tuple[set[str], set[str]]:
     """(modules of this package, top-level packages) that a file imports, anywhere in it."""
     own, others = set(), set()
+    folder = file.relative_to(PACKAGE).parent.parts
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            own |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+            within = folder[: len(folder) + 1 - node.level]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            own |= {".".join([*within, name]) for name in names}
         elif isinstance(node, ast.ImportFrom):
             others.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
@@ -86,18 +100,24 @@ def imports_of(file: Path) -> tuple[set[str], set[str]]:
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_modules_import_only_what_lies_below_them(file):
     own, _ = imports_of(file)
-    assert file.stem in ALLOWED, f"{file.name} has no place in the import directions yet"
-    assert own <= ALLOWED[file.stem]
+    assert name_of(file) in ALLOWED, f"{file.name} has no place in the import directions yet"
+    assert own <= ALLOWED[name_of(file)]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_transformers_stays_where_models_are(file):
     _, others = imports_of(file)
     assert ("transformers" in others) <= (file.stem in {"model", "demo", "demo_lm"})
     assert "dts_fast" not in others, "imports within the package are relative"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_triton_is_needed_by_its_kernels_alone(file):
+    _, others = imports_of(file)
+    assert ("triton" in others) <= (name_of(file).split(".")[0] == "triton")
 
 
 def test_the_directions_have_no_cycle():

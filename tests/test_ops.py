@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 class Backend:
     linear: object
     add_delta_: object = None
+    # Units in the last place that levels, and h, are rounded by for 16-bit matrix units, as far as they are.
+    rounded: float = 0.0
 
 
 def on_isa(isa: str, op):
@@ -43,12 +46,32 @@ def packed(x, weight, bias, *bank):
     return ops.packed_linear(x, pack_weight(weight), bias, weight.shape[0], *bank)
 
 
+def on_device(device: str, op):
+    """An op on copies of its tensors; what it writes to its first argument is copied back."""
+
+    def run(*args, **kwargs):
+        moved = [a.to(device) if isinstance(a, Tensor) else a for a in args]
+        out = op(*moved, **kwargs)
+        args[0].copy_(moved[0])
+        return out if out is None else out.cpu()
+
+    return run
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU, Triton's interpreter runs its kernels
+TRITON = {}
+if find_spec("triton"):
+    from dts_fast import triton
+
+    TRITON = {"triton": Backend(on_device(DEVICE, triton.linear), on_device(DEVICE, triton.add_delta_), 1.5)}
+
 ISAS = native.MODULE.cpu_isas() if native.MODULE else []
 BACKENDS = {
     "plain": Backend(reference.linear, reference.add_delta_),
     "registered": Backend(ops.linear, ops.add_delta_),
     **{f"cpu {isa}": Backend(on_isa(isa, ops.linear), on_isa(isa, ops.add_delta_)) for isa in ISAS},
     **{f"packed cpu {isa}": Backend(on_isa(isa, packed)) for isa in ISAS},
+    **TRITON,
 }
 ADDING = [name for name, backend in BACKENDS.items() if backend.add_delta_]
 
@@ -74,16 +97,28 @@ def make_bank(n: int, k: int, ranks: list[int]) -> tuple[Bank, list[LowRankDelta
     return bank, deltas
 
 
-def within_rounding(y: Tensor, truth: Tensor, base: Tensor, magnitude: Tensor) -> None:
+def within_rounding(y: Tensor, truth: Tensor, base: Tensor, magnitude: Tensor, rounded: Tensor | float = 0.0) -> None:
     """Float32 sums, and one rounding to the output dtype for the base and one for the whole.
 
     The sums' error is bounded by a small multiple of 2^-24 sqrt(K) of the sum of magnitudes; 1e-5 leaves room for
-    the K of a thousand used here and for sums in any order.
+    the K of a thousand used here and for sums in any order. ``rounded`` is a backend's own multiple of eps, times the
+    sum of magnitudes of the delta (`delta_magnitude`).
     """
     eps = torch.finfo(y.dtype).eps
-    allowed = eps * (base.abs() + truth.abs()) + 1e-5 * magnitude + torch.finfo(y.dtype).tiny
+    allowed = eps * (base.abs() + truth.abs() + rounded) + 1e-5 * magnitude + torch.finfo(y.dtype).tiny
     excess = (y.double() - truth).abs() - allowed
     assert bool((excess <= 0).all()), f"largest excess over the allowed error: {excess.max().item():.3g}"
+
+
+def delta_magnitude(layout: PageLayout, bank: Bank, x: Tensor, slot_ids: Tensor, transpose: bool = False) -> Tensor:
+    """The sum of the magnitudes of all products that make up a delta, float64 ``[M, N]``."""
+    pages = bank.pages.clone()
+    for part in (layout.s(pages), layout.u_levels(pages), layout.v_levels(pages)):
+        part.abs_()
+    out = torch.zeros(x.shape[0], layout.k if transpose else layout.n, dtype=torch.float64)
+    absolute = pages, bank.slot_pages, bank.slot_weights.abs(), slot_ids
+    reference.add_delta_(out, x.double().abs(), *absolute, transpose=transpose)
+    return out
 
 
 SHAPES = [
@@ -119,7 +154,8 @@ def test_linear_against_the_reference(backend, dtype, shape, with_bias):
     truth = reference.linear(x.double(), weight.double(), wide, *bank.tensors, slot_ids)
     base = torch.nn.functional.linear(x.double(), weight.double(), wide)
     magnitude = x.double().abs() @ weight.double().abs().t() + (truth - base).abs() + x.double().abs().sum(1)[:, None]
-    within_rounding(y, truth, base, magnitude)
+    rounded = BACKENDS[backend].rounded * delta_magnitude(PageLayout(n, k), bank, x, slot_ids)
+    within_rounding(y, truth, base, magnitude, rounded)
 
 
 @pytest.mark.parametrize("backend", ADDING)
@@ -134,7 +170,8 @@ def test_add_delta_against_the_reference(backend, dtype, shape, transpose):
     truth, base = y.double(), y.double()
     reference.add_delta_(truth, x.double(), *bank.tensors, slot_ids, transpose=transpose)
     BACKENDS[backend].add_delta_(y, x, *bank.tensors, slot_ids, transpose=transpose)
-    within_rounding(y, truth, base, (truth - base).abs() + x.double().abs().sum(1)[:, None])
+    rounded = BACKENDS[backend].rounded * delta_magnitude(PageLayout(n, k), bank, x, slot_ids, transpose)
+    within_rounding(y, truth, base, (truth - base).abs() + x.double().abs().sum(1)[:, None], rounded)
 
 
 def test_reference_is_the_textbook_formula():
@@ -351,4 +388,5 @@ def test_any_legal_call(backend, call):
     truth = reference.linear(x.double(), weight.double(), None, *bank.tensors, slot_ids)
     base = x.double() @ weight.double().t()
     magnitude = x.double().abs() @ weight.double().abs().t() + (truth - base).abs() + x.double().abs().sum(1)[:, None]
-    within_rounding(y, truth, base, magnitude)
+    rounded = BACKENDS[backend].rounded * delta_magnitude(PageLayout(n, k), bank, x, slot_ids)
+    within_rounding(y, truth, base, magnitude, rounded)

@@ -67,37 +67,37 @@ def _factor(
     level3 = tl.load(floats + page_at + LEVELS + 3, mask=valid, other=0.0) / largest
     level0, level1, level2, level3 = level0.to(dtype), level1.to(dtype), level2.to(dtype), level3.to(dtype)
     inside = tl.arange(0, 16)
-    if LANES_ARE_RANKS:
+    if LANES_ARE_RANKS and RANKS_LAST:  # [tile, element, page, rank]
         tiles = at // 16 + tl.arange(0, BLOCK // 16)
-        mine = tiles * 16 < size
-        if RANKS_LAST:  # [tile, element, page, rank]
-            where = page_at[None, :, None] + offset + tiles[:, None, None] * 16 + inside[None, None, :]
-            word = tl.load(words + where, mask=mine[:, None, None] & valid[None, :, None], other=0)
-            codes = word[:, None, :, :] >> (2 * inside)[None, :, None, None]
-            l0, l1 = level0[None, None, :, None], level1[None, None, :, None]
-            l2, l3 = level2[None, None, :, None], level3[None, None, :, None]
-            return tl.reshape(_decode(codes, l0, l1, l2, l3), (BLOCK, PAGES * 16))
-        # [page, rank, tile, element]
+        where = page_at[None, :, None] + offset + tiles[:, None, None] * 16 + inside[None, None, :]
+        word = tl.load(words + where, mask=(tiles * 16 < size)[:, None, None] & valid[None, :, None], other=0)
+        codes = word[:, None, :, :] >> (2 * inside)[None, :, None, None]
+        l0, l1 = level0[None, None, :, None], level1[None, None, :, None]
+        l2, l3 = level2[None, None, :, None], level3[None, None, :, None]
+        values = tl.reshape(_decode(codes, l0, l1, l2, l3), (BLOCK, PAGES * 16))
+    elif LANES_ARE_RANKS:  # [page, rank, tile, element]
+        tiles = at // 16 + tl.arange(0, BLOCK // 16)
         where = page_at[:, None, None] + offset + tiles[None, None, :] * 16 + inside[None, :, None]
-        word = tl.load(words + where, mask=mine[None, None, :] & valid[:, None, None], other=0)
+        word = tl.load(words + where, mask=(tiles * 16 < size)[None, None, :] & valid[:, None, None], other=0)
         codes = word[:, :, :, None] >> (2 * inside)[None, None, None, :]
         l0, l1 = level0[:, None, None, None], level1[:, None, None, None]
         l2, l3 = level2[:, None, None, None], level3[:, None, None, None]
-        return tl.reshape(_decode(codes, l0, l1, l2, l3), (PAGES * 16, BLOCK))
-    elements = at + tl.arange(0, BLOCK)
-    mine = elements < size
-    if RANKS_LAST:  # [element, page, rank]
-        word = tl.load(
-            words + page_at[None, :] + offset + elements[:, None], mask=mine[:, None] & valid[None, :], other=0
-        )
+        values = tl.reshape(_decode(codes, l0, l1, l2, l3), (PAGES * 16, BLOCK))
+    elif RANKS_LAST:  # [element, page, rank]
+        elements = at + tl.arange(0, BLOCK)
+        where = page_at[None, :] + offset + elements[:, None]
+        word = tl.load(words + where, mask=(elements < size)[:, None] & valid[None, :], other=0)
         codes = word[:, :, None] >> (2 * inside)[None, None, :]
         l0, l1, l2, l3 = level0[None, :, None], level1[None, :, None], level2[None, :, None], level3[None, :, None]
-        return tl.reshape(_decode(codes, l0, l1, l2, l3), (BLOCK, PAGES * 16))
-    # [page, rank, element]
-    word = tl.load(words + page_at[:, None] + offset + elements[None, :], mask=mine[None, :] & valid[:, None], other=0)
-    codes = word[:, None, :] >> (2 * inside)[None, :, None]
-    l0, l1, l2, l3 = level0[:, None, None], level1[:, None, None], level2[:, None, None], level3[:, None, None]
-    return tl.reshape(_decode(codes, l0, l1, l2, l3), (PAGES * 16, BLOCK))
+        values = tl.reshape(_decode(codes, l0, l1, l2, l3), (BLOCK, PAGES * 16))
+    else:  # [page, rank, element]
+        elements = at + tl.arange(0, BLOCK)
+        where = page_at[:, None] + offset + elements[None, :]
+        word = tl.load(words + where, mask=(elements < size)[None, :] & valid[:, None], other=0)
+        codes = word[:, None, :] >> (2 * inside)[None, :, None]
+        l0, l1, l2, l3 = level0[:, None, None], level1[:, None, None], level2[:, None, None], level3[:, None, None]
+        values = tl.reshape(_decode(codes, l0, l1, l2, l3), (PAGES * 16, BLOCK))
+    return values
 
 
 @triton.jit
@@ -204,14 +204,13 @@ def shrink_kernel(
 def _expand(
     acc, tile, rows, at, words, floats, page_words, slot_pages, slot_ids, h, plan, M, N, L, u_offset, steps_most,
     TRANSPOSE: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGES: tl.constexpr,
-    SPLITS: tl.constexpr, dtype: tl.constexpr,
+    SPLITS: tl.constexpr, ONE_ROW: tl.constexpr, STEP_STAGES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """``acc [BLOCK_M, BLOCK_N] += h U^T`` for the steps of a tile's plan; h is rounded to the type of x."""
     slots = tl.load(slot_ids + rows, mask=rows < M, other=-1)
     own = plan + tile * (1 + 2 * steps_most)
     column = tl.arange(0, PAGES * 16)
-    steps = tl.load(own)
-    for i in range(0, steps):
+    for i in tl.range(0, tl.load(own), num_stages=STEP_STAGES):
         slot = tl.load(own + 1 + 2 * i)
         l0 = tl.load(own + 2 + 2 * i)
         index = l0 + tl.arange(0, PAGES)
@@ -220,10 +219,15 @@ def _expand(
         page_at = page.to(tl.int64) * page_words
         filled = tl.reshape(tl.broadcast_to(valid[:, None], (PAGES, 16)), (1, PAGES * 16))
         there = (slots == slot)[:, None] & filled
-        hidden = tl.zeros((BLOCK_M, PAGES * 16), tl.float32)
-        for split in tl.static_range(SPLITS):
-            where = (split * M + rows[:, None]).to(tl.int64) * (L * 16) + l0 * 16 + column[None, :]
-            hidden += tl.load(h + where, mask=there, other=0.0)
+        if ONE_ROW:  # the other rows of the tile are padding: the splits take their place
+            where = tl.arange(0, SPLITS)[:, None] * (L * 16) + l0 * 16 + column[None, :]
+            hidden = tl.sum(tl.load(h + where, mask=filled & (where >= 0), other=0.0), axis=0)[None, :]
+            hidden = tl.where(there, hidden, 0.0)
+        else:
+            hidden = tl.zeros((BLOCK_M, PAGES * 16), tl.float32)
+            for split in tl.static_range(SPLITS):
+                where = (split * M + rows[:, None]).to(tl.int64) * (L * 16) + l0 * 16 + column[None, :]
+                hidden += tl.load(h + where, mask=there, other=0.0)
         if TRANSPOSE:
             b = _factor(words, floats, page_at, valid, at, N, _V, _V_LEVELS, True, PAGES, BLOCK_N, False, dtype)
         else:
@@ -237,7 +241,8 @@ def linear_kernel(
     x, x_stride, weight, weight_stride, bias, y, words, floats, page_words, slot_pages, slot_ids, h, plan, M, N, K, L,
     u_offset, steps_most,
     HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr, ONE_ROW: tl.constexpr,
+    STEP_STAGES: tl.constexpr,
 ):  # fmt: skip
     """``y = x W^T + bias + h U^T``: the expand is further steps of the base's sum, on the same accumulator.
 
@@ -267,7 +272,8 @@ def linear_kernel(
         tl_cuda.gdc_wait()
     acc = _expand(
         acc, tile, rows, at, words, floats, page_words, slot_pages, slot_ids, h, plan, M, N, L, u_offset, steps_most,
-        False, WIDE, BLOCK_M, BLOCK_N, PAGES, SPLITS, x.dtype.element_ty,
+        False, WIDE, BLOCK_M, BLOCK_N, PAGES, SPLITS, ONE_ROW,
+        STEP_STAGES, x.dtype.element_ty,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -279,7 +285,7 @@ def linear_kernel(
 def expand_kernel(
     y, y_stride, words, floats, page_words, slot_pages, slot_ids, h, plan, M, N, L, u_offset, steps_most,
     TRANSPOSE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGES: tl.constexpr, SPLITS: tl.constexpr,
+    PAGES: tl.constexpr, SPLITS: tl.constexpr, ONE_ROW: tl.constexpr, STEP_STAGES: tl.constexpr,
 ):  # fmt: skip
     """``y += h U^T`` in place. Grid: (blocks of N, tiles of M); tiles without an adapter leave y as it is."""
     tile = tl.program_id(1)
@@ -293,7 +299,8 @@ def expand_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _expand(
         acc, tile, rows, at, words, floats, page_words, slot_pages, slot_ids, h, plan, M, N, L, u_offset, steps_most,
-        TRANSPOSE, WIDE, BLOCK_M, BLOCK_N, PAGES, SPLITS, y.dtype.element_ty,
+        TRANSPOSE, WIDE, BLOCK_M, BLOCK_N, PAGES, SPLITS, ONE_ROW, STEP_STAGES,
+        y.dtype.element_ty,
     )  # fmt: skip
     slots = tl.load(slot_ids + rows, mask=rows < M, other=-1)
     to = y + rows[:, None].to(tl.int64) * y_stride + columns[None, :]

@@ -1,0 +1,130 @@
+"""Which kernels a call runs, and their block sizes: one function, `choose`.
+
+What was measured on an architecture comes first (``tables/sm_<capability>.json``, written by bench/tune_triton.py, and
+the same in the user's cache directory); what was not follows the rules below.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_TABLES = Path(__file__).parent / "tables"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes of one call; see kernels.py for what they mean.
+
+    Attributes:
+        fused: base and delta in one kernel; otherwise torch's linear, and the delta added to its result.
+        warps, stages: of the kernel with the expand, whose steps over pages have ``step_stages``. shrink_warps: of the
+            shrink.
+    """
+
+    fused: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    pages: int
+    splits: int
+    leaders: int
+    warps: int = 4
+    stages: int = 4
+    step_stages: int = 2
+    shrink_block_k: int = 128
+    shrink_warps: int = 4
+
+
+def tile_of(m: int) -> int:
+    """Rows of a tile: a power of two that the matrix instructions take."""
+    return 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
+
+
+def choose(m: int, n: int, k: int, dtype: torch.dtype, length: int, capability: int, dense: bool) -> Config:
+    """The configuration of a call.
+
+    Args:
+        m, n, k: rows, outputs and inputs of the product.
+        length: L, the most pages a slot may list.
+        capability: of the device, 90 for sm_90.
+        dense: whether there is a dense base to be fused with.
+    """
+    measured = tables(capability).get(key(m, n, k, dtype, dense))
+    return measured if measured is not None else default(m, n, k, dtype, length, capability, dense)
+
+
+def shared_memory(capability: int) -> int:
+    """Bytes that one block may have on an architecture (CUDA programming guide, compute capabilities)."""
+    return {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}.get(capability, 99) * 1024
+
+
+def default(m: int, n: int, k: int, dtype: torch.dtype, length: int, capability: int, dense: bool) -> Config:
+    """The rules, for what has not been measured. None of their numbers has been, yet."""
+    wide = dtype == torch.float32
+    block_m = tile_of(m)
+    # Decoding is bound by the weights' bytes, and needs as many programs as there are multiprocessors. Beyond, and
+    # in float32 without matrix units, torch's own product is the better one.
+    fused = dense and m <= (16 if wide else 64)
+    if wide:
+        block_m = min(block_m, 32)  # without matrix units, sums and operands are all in registers
+    if fused:
+        # A multiprocessor needs some 40 KiB of weights on their way to keep the memory busy.
+        block_n, block_k, stages = (64, 128, 4) if n >= 16384 else (32, 128, 6) if n >= 4096 else (16, 256, 6)
+        block_k = 64 if wide else block_k
+        # Half of what there is, so that a second block finds its place: its loads run beside this one's last steps.
+        stage = (block_m + block_n) * block_k * dtype.itemsize
+        stages = max(2, min(stages, shared_memory(capability) // 2 // stage))
+    else:
+        block_n, block_k, stages = 64, 64, 3
+    pages = min(2 if wide or block_m > 32 else 4, 1 << max(length - 1, 0).bit_length())
+    # Every block of outputs adds up the splits of all its rows.
+    splits = max(1, min(16 if m == 1 else 64 // block_m, -(-k // 256)))
+    return Config(
+        fused,
+        block_m,
+        block_n,
+        block_k,
+        pages,
+        splits,
+        leaders=min(m, block_m) if m <= 64 else 2,
+        warps=4 if block_m <= 64 else 8,
+        stages=stages,
+        shrink_warps=4 if block_m <= 64 else 8,
+        shrink_block_k=32 if wide else 64 if block_m > 16 else 128,
+    )
+
+
+def key(m: int, n: int, k: int, dtype: torch.dtype, dense: bool) -> str:
+    """What a table is looked up with: rows by the size of their tile, one row apart."""
+    rows = 1 if m == 1 else tile_of(m)
+    return f"{'linear' if dense else 'add_delta'} {str(dtype).removeprefix('torch.')} m{rows} n{n} k{k}"
+
+
+@cache
+def tables(capability: int) -> dict[str, Config]:
+    """What was measured on an architecture; the user's own measurements win. Empty where there are none."""
+    found: dict[str, Config] = {}
+    for folder in (_TABLES, user_tables()):
+        file = folder / f"sm_{capability}.json"
+        if file.is_file():
+            rows = json.loads(file.read_text(encoding="utf-8"))["configs"]
+            found |= {name: Config(**config) for name, config in rows.items()}
+    return found
+
+
+def user_tables() -> Path:
+    """Where a user's own measurements are."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dts_fast" / "triton"
+
+
+def write_table(file: Path, header: dict[str, object], configs: dict[str, Config]) -> None:
+    """A table with the hardware it was measured on."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = {name: asdict(config) for name, config in sorted(configs.items())}
+    file.write_text(json.dumps({"header": header, "configs": rows}, indent=1) + "\n", encoding="utf-8")
