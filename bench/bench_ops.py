@@ -1,8 +1,8 @@
 """What a personalised linear layer costs over the bare one: single adapters, mixed and base-only batches, switching.
 And how fast codes in a cache are decoded and multiplied.
 
-    python bench/bench_ops.py [--only QUESTION] [--dtype T] [--rounds 15] [--out bench/results/ops.jsonl]  (make bench)
-    pytest bench/bench_ops.py                                                  (a few points under pytest-benchmark)
+    python bench/bench_ops.py [--device cuda] [--only QUESTION] [--dtype T] [--rounds 15] [--out FILE]  (make bench)
+    pytest bench/bench_ops.py                                     (a few points under pytest-benchmark)
 
 The protocol is dts_fast/benchmark.py's. Adapters take 1 % of a 16-bit base. The file is written as results come, and a
 run that finds a file of the same commit and machine goes on where it ended.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -29,15 +29,13 @@ from dts_fast.benchmark import (
     MODELS,
     Case,
     Layers,
-    Roofline,
-    dtype_name,
-    measure_roofline,
     random_delta,
     rank_for_share,
     run_case,
 )
 from dts_fast.codes import PageLayout, to_pages
 from dts_fast.hardware import header
+from dts_fast.timing import Roofline, dtype_name, measure_roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARE = 0.01
@@ -46,9 +44,11 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 LANGUAGE_MODELS = ("Llama-3.1-8B", "Qwen2.5-0.5B")
 
 
-def cases(question: str) -> Iterator[tuple[str, str, Case]]:
+def cases(question: str, device: str) -> Iterator[tuple[str, str, Case]]:
     """(model, layer, case) of a question."""
-    if question == "single":
+    if device == "cuda":
+        yield from gpu_cases(question)
+    elif question == "single":
         for model, dtype, sizes in (
             *((model, dtype, ROWS) for dtype in (torch.bfloat16, torch.float32) for model in LANGUAGE_MODELS),
             ("BERT-base", torch.bfloat16, (1, 8, 32, 256)),
@@ -59,17 +59,49 @@ def cases(question: str) -> Iterator[tuple[str, str, Case]]:
                     yield model, layer, Case(n, k, m, dtype, rank_for_share(n, k, SHARE))
     elif question == "mixed":
         for model in LANGUAGE_MODELS:
-            for layer in ("q,o", "gate,up"):
-                n, k = MODELS[model][layer]
-                rank = rank_for_share(n, k, SHARE)
-                for composition in COMPOSITIONS:
-                    yield model, layer, Case(n, k, 32, torch.bfloat16, rank, 8, composition)
-                yield model, layer, Case(n, k, 32, torch.bfloat16, rank, 32, "distinct")
+            yield from mixed_cases(model, ("q,o", "gate,up"), device)
     elif question == "base":
         for model in LANGUAGE_MODELS:
             for layer, (n, k) in MODELS[model].items():
                 for m in (1, 32):
                     yield model, layer, Case(n, k, m, torch.bfloat16, rank_for_share(n, k, SHARE), 1, "base")
+
+
+def gpu_cases(question: str) -> Iterator[tuple[str, str, Case]]:
+    llama = MODELS["Llama-3.1-8B"]
+    if question == "single":
+        for m in (1, 2, 4, 8, 16, 32, 64, 256, 2048):
+            for layer, (n, k) in llama.items():
+                yield "Llama-3.1-8B", layer, Case(n, k, m, torch.bfloat16, rank_for_share(n, k, SHARE), device="cuda")
+        for model, dtype, sizes in (
+            ("Llama-3.1-8B", torch.float16, (1, 32)),
+            ("Qwen2.5-0.5B", torch.bfloat16, (1, 32)),
+            ("Llama-3.1-8B", torch.float32, (1,)),
+        ):
+            for m in sizes:
+                for layer, (n, k) in MODELS[model].items():
+                    yield model, layer, Case(n, k, m, dtype, rank_for_share(n, k, SHARE), device="cuda")
+    elif question == "rank":
+        for rank in (16, 64, 256, 416):
+            for layer in ("q,o", "gate,up"):
+                yield "Llama-3.1-8B", layer, Case(*llama[layer], 1, torch.bfloat16, rank, device="cuda")
+    elif question == "mixed":
+        yield from mixed_cases("Llama-3.1-8B", llama, "cuda")
+    elif question == "base":
+        for layer, (n, k) in llama.items():
+            for m in (1, 32):
+                rank = rank_for_share(n, k, SHARE)
+                yield "Llama-3.1-8B", layer, Case(n, k, m, torch.bfloat16, rank, 1, "base", "cuda")
+
+
+def mixed_cases(model: str, layers: Iterable[str], device: str) -> Iterator[tuple[str, str, Case]]:
+    """32 rows: 8 adapters in every composition, and an adapter for each row."""
+    for layer in layers:
+        n, k = MODELS[model][layer]
+        rank = rank_for_share(n, k, SHARE)
+        for composition in COMPOSITIONS:
+            yield model, layer, Case(n, k, 32, torch.bfloat16, rank, 8, composition, device)
+        yield model, layer, Case(n, k, 32, torch.bfloat16, rank, 32, "distinct", device)
 
 
 def switching(layers: int = 168) -> dict[str, object]:
@@ -123,11 +155,11 @@ def decoding(seconds: float = 1.0) -> Iterator[dict[str, object]]:
         torch.set_num_threads(threads)
 
 
-QUESTIONS = ("single", "mixed", "base", "switch", "decode")
+QUESTIONS = {"cpu": ("single", "mixed", "base", "switch", "decode"), "cuda": ("single", "mixed", "rank", "base")}
 
 
 def run(
-    question: str, roofline: Roofline, done: set[str], rounds: int, dtype: str | None = None
+    question: str, roofline: Roofline, done: set[str], rounds: int, dtype: str | None = None, device: str = "cpu"
 ) -> Iterator[dict[str, object]]:
     if question == "switch":
         if "switch" not in done:
@@ -136,7 +168,7 @@ def run(
     if question == "decode":
         yield from (row for row in decoding() if row["key"] not in done)
         return
-    for model, layer, case in cases(question):
+    for model, layer, case in cases(question, device):
         key = f"{question} {model} {layer} {case}"
         if key not in done and dtype in (None, dtype_name(case.dtype)):
             for row in run_case(case, roofline, peers=question != "base", rounds=rounds):
@@ -146,43 +178,42 @@ def run(
 def summary(rows: list[dict]) -> str:
     """Geometric means of the ratios to F.linear over the layers of a model."""
     lines = []
-    for question in ("single", "mixed", "base"):
+    for question in ("single", "mixed", "rank", "base"):
         mine = [r for r in rows if r["question"] == question and r["candidate"] != "F.linear"]
-        for model, dtype, composition, adapters, m in dict.fromkeys(
-            (r["model"], r["dtype"], r["composition"], r["adapters"], r["m"]) for r in mine
-        ):
-            at = [
-                r
-                for r in mine
-                if (r["model"], r["dtype"], r["composition"], r["adapters"], r["m"])
-                == (model, dtype, composition, adapters, m)
-            ]
+        # Ranks differ from layer to layer, unless they are the question.
+        keys = ["model", "dtype", "composition", "adapters", "m", *(["rank"] if question == "rank" else [])]
+        for point in dict.fromkeys(tuple(r[key] for key in keys) for r in mine):
+            at = [r for r in mine if tuple(r[key] for key in keys) == point]
             parts = []
             for candidate in dict.fromkeys(r["candidate"] for r in at):
                 ratios = [r["ratio"] for r in at if r["candidate"] == candidate]
                 parts.append(f"{candidate} {geometric_mean(ratios):.2f} (to {max(ratios):.2f})")
-            lines.append(f"{question} {model} {dtype} M={m} {composition}/{adapters}: " + "; ".join(parts))
+            named = " ".join(f"{key}={value}" for key, value in zip(keys, point, strict=True))
+            lines.append(f"{question} {named}: " + "; ".join(parts))
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=QUESTIONS)
+    parser.add_argument("--device", choices=list(QUESTIONS), default="cpu")
+    parser.add_argument("--only", choices=sorted({q for questions in QUESTIONS.values() for q in questions}))
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], help="Only cases of this one.")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "ops.jsonl")
+    parser.add_argument("--out", type=Path, help="bench/results/ops.jsonl, or ops_cuda.jsonl, if not given.")
     options = parser.parse_args()
+    if options.out is None:
+        options.out = ROOT / "bench" / "results" / ("ops.jsonl" if options.device == "cpu" else "ops_cuda.jsonl")
     head = header()
     known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     resumed = bool(known) and known[0].get("header") == head
     rows = known[1:] if resumed else []
-    roofline = Roofline(**known[0]["roofline"]) if resumed else measure_roofline(DTYPES)
+    roofline = Roofline(**known[0]["roofline"]) if resumed else measure_roofline(DTYPES, options.device)
     with options.out.open("a" if resumed else "w", encoding="utf-8") as out:
         if not resumed:
             out.write(json.dumps({"header": head, "roofline": asdict(roofline)}) + "\n")
         done = {row["key"] for row in rows}
-        for question in [options.only] if options.only else QUESTIONS:
-            for row in run(question, roofline, done, options.rounds, options.dtype):
+        for question in [options.only] if options.only else QUESTIONS[options.device]:
+            for row in run(question, roofline, done, options.rounds, options.dtype, options.device):
                 rows.append(row)
                 out.write(json.dumps(row) + "\n")
                 out.flush()

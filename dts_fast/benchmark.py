@@ -1,18 +1,15 @@
 """The timing protocol, and the shapes, batches and rivals it is applied to; `dts-fast bench` and bench/ use it.
 
-Candidates are checked against the float64 reference before they are timed, and timed in turns within one run: what
-counts is the ratio of neighbours, whose median is robust on a noisy machine. Layers are rotated past the last-level
-cache, so that weights and codes come from memory as they do in a model.
+Candidates are checked against the float64 reference before they are timed, and timed in turns within one run
+(timing.py): what counts is the ratio of neighbours, whose median is robust on a noisy machine. Layers are rotated past
+the last-level cache, so that weights and codes come from memory as they do in a model.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +19,7 @@ from .codes import CodedMatrix, LowRankDelta, pack, packed_size
 from .errors import DTSError
 from .nn import DTSLinear
 from .routing import route
+from .timing import Roofline, dtype_name, last_level_cache, time_in_turns
 
 # Linear layers [N, K] of well-known models (queries and outputs, keys and values, gate and up, down).
 MODELS: dict[str, dict[str, tuple[int, int]]] = {
@@ -48,6 +46,7 @@ class Case:
         adapters: how many are loaded.
         composition: how rows use them: ``"base"`` (none does), ``"identical"`` (all the first), ``"uniform"`` (at
             random), ``"zipf"`` (the i-th with probability ~ 1/i), ``"distinct"`` (row i the i-th, round and round).
+        device: ``"cpu"`` or ``"cuda"``.
     """
 
     n: int
@@ -57,6 +56,7 @@ class Case:
     rank: int
     adapters: int = 1
     composition: str = "identical"
+    device: str = "cpu"
 
     def slots(self) -> list[int]:
         """The adapter of each row, -1 for the base; the same on every call."""
@@ -93,65 +93,17 @@ class Case:
         return 2 * self.m * self.n * self.k + 2 * rows * self.rank * (self.n + self.k)
 
 
+def floor_seconds(case: Case, roofline: Roofline) -> float:
+    """The least time of a case: the slower of reading and computing."""
+    operations = case.floor_operations / roofline.flops[dtype_name(case.dtype)]
+    return max(case.floor_bytes / roofline.bytes_per_s, operations)
+
+
 def rank_for_share(n: int, k: int, share: float, itemsize: int = 2) -> int:
     """The rank at which an adapter takes a share of the base's bytes, to the nearest multiple of 16 (at least 16 where
     it is 8 or more, else 8)."""
     rank = share * n * k * itemsize / ((n + k) / 4 + 4)
     return max(round(rank / 16) * 16, 8)
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """What this machine can do at best, measured.
-
-    Attributes:
-        bytes_per_s: reading memory.
-        flops: multiplying matrices, operations per second by dtype name.
-    """
-
-    bytes_per_s: float
-    flops: dict[str, float]
-
-    def seconds(self, case: Case) -> float:
-        """The least time of a case: the slower of reading and computing."""
-        return max(case.floor_bytes / self.bytes_per_s, case.floor_operations / self.flops[dtype_name(case.dtype)])
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def measure_roofline(dtypes: Sequence[torch.dtype]) -> Roofline:
-    """Best of several attempts: sums and matrix-vector products over more than the cache holds; square products."""
-    large = torch.ones(max(2 * last_level_cache(), 1 << 28) // 4)
-    matrix, vector = large[: large.numel() // 4096 * 4096].view(-1, 4096), torch.ones(4096)
-    fastest = min(_best(lambda: large.sum()), _best(lambda: matrix @ vector))
-    flops = {}
-    for dtype in dtypes:
-        a, b = (torch.ones(2048, 2048, dtype=dtype) for _ in range(2))
-        flops[dtype_name(dtype)] = 2 * 2048**3 / _best(lambda a=a, b=b: a @ b)
-    # 16-bit products may be slower than float32 ones, where the processor has no instructions for them; what can be
-    # computed in float32 is no slower in fewer bits.
-    flops = {name: max(flops.values()) for name in flops}
-    return Roofline(large.nbytes / fastest, flops)
-
-
-def _best(run: Callable[[], object], repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def last_level_cache() -> int:
-    """Bytes; 64 MiB where the system does not tell."""
-    try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
-        return int(text.rstrip("KM")) * {"K": 2**10, "M": 2**20}.get(text[-1], 1)
-    except (OSError, ValueError):
-        return 64 * 2**20
 
 
 class Layers:
@@ -164,9 +116,12 @@ class Layers:
     def __init__(self, case: Case, peers: bool = True) -> None:
         self.case = case
         torch.manual_seed(0)
-        copies = max(2, -(-5 * last_level_cache() // (4 * case.floor_bytes)))
+        # On a GPU whatever is beyond several times its cache; a graph of some hundred calls of a small layer is enough.
+        times = 4 if case.device == "cuda" else 1.25
+        copies = max(2, -int(-times * last_level_cache(case.device) // case.floor_bytes))
+        copies = min(copies, 256) if case.device == "cuda" else copies
         deltas = [random_delta(case.n, case.k, case.rank) for _ in range(case.adapters)]
-        self.x = torch.randn(case.m, case.k).to(case.dtype)
+        self.x = torch.randn(case.m, case.k).to(case.dtype).to(case.device)
         scale = case.k**-0.5
         self.bases = [self._linear(scale) for _ in range(copies)]
         self.names = ["__base__" if slot < 0 else str(slot) for slot in case.slots()]
@@ -176,14 +131,14 @@ class Layers:
             BASELINE: [self._plain(base) for base in self.bases],
             "DTSLinear": [self._routed(layer) for layer in self.layers],
         }
-        if native.MODULE is not None:
+        if native.MODULE is not None and case.device == "cpu":
             packed = [self._personalised(copy.deepcopy(base), deltas, prepack=True) for base in self.bases]
             self.candidates["DTSLinear, prepacked"] = [self._routed(layer) for layer in packed]
         if peers:
             self._add_peers()
 
     def _linear(self, scale: float) -> nn.Linear:
-        layer = nn.Linear(self.case.k, self.case.n, bias=False, dtype=self.case.dtype)
+        layer = nn.Linear(self.case.k, self.case.n, bias=False, dtype=self.case.dtype, device=self.case.device)
         layer.weight.data.normal_(std=scale)
         return layer.requires_grad_(False)
 
@@ -212,13 +167,14 @@ class Layers:
         case, x = self.case, self.x
         if case.composition == "identical":
             delta = self.deltas[0]
-            u = [(delta.u.dequantize() * delta.s).to(case.dtype).contiguous() for _ in self.bases]
-            v = [delta.v.dequantize().t().to(case.dtype).contiguous() for _ in self.bases]
+            to = {"dtype": case.dtype, "device": case.device}
+            u = [(delta.u.dequantize() * delta.s).to(**to).contiguous() for _ in self.bases]
+            v = [delta.v.dequantize().t().to(**to).contiguous() for _ in self.bases]
             self.candidates["two products, factors in the base's dtype"] = [
                 lambda b=b, u=u, v=v: b(x) + nn.functional.linear(nn.functional.linear(x, v), u)
                 for b, u, v in zip(self.bases, u, v, strict=True)
             ]
-            dense = [] if case.m > _MATERIALISED_ROWS else [delta.dequantize().to(case.dtype) for _ in self.bases]
+            dense = [] if case.m > _MATERIALISED_ROWS else [delta.dequantize().to(**to) for _ in self.bases]
             if dense:
                 self.candidates["delta materialised"] = [
                     lambda b=b, d=d: b(x) + nn.functional.linear(x, d) for b, d in zip(self.bases, dense, strict=True)
@@ -238,7 +194,7 @@ class Layers:
             DTSError: it differs by more than float32 sums and one rounding.
         """
         layer = self.layers[0]
-        ids = torch.tensor(self.case.slots(), dtype=torch.int32)
+        ids = torch.tensor(self.case.slots(), dtype=torch.int32, device=self.case.device)
         weight = layer.base_layer.weight.double()
         truth = reference.linear(self.x.double(), weight, None, *layer.bank.tensors, ids)
         # K products of size K^-1/2, each rounded to 2^-24 of a sum that grows to size 1, in any order.
@@ -263,7 +219,7 @@ def random_delta(n: int, k: int, rank: int) -> LowRankDelta:
 
 def _prepacked(bases: Sequence[nn.Linear], x: Tensor) -> list[Callable[[], Tensor]] | None:
     """What torch's inductor calls for frozen weights; None where this torch has no oneDNN."""
-    if not torch.backends.mkldnn.is_available():
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None
     try:
         packed = [torch.ops.mkldnn._reorder_linear_weight(b.weight.data, x.shape[0]) for b in bases]
@@ -290,64 +246,11 @@ def _peft_layers(
         for adapter in range(adapters):
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["layer"])
             inject_adapter_in_model(config, holder, adapter_name=str(adapter))
-        holder.to(base.weight.dtype).requires_grad_(False).eval()
+        holder.to(base.weight.device, base.weight.dtype).requires_grad_(False).eval()
         layer = holder["layer"]
         layer.set_adapter("0")
         runs.append((lambda layer=layer: layer(x, adapter_names=names)) if mixed else (lambda layer=layer: layer(x)))
     return runs
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One candidate of a case.
-
-    Attributes:
-        ms: median time of a call.
-        ratio: median over the rounds of its time over the baseline's of the same round.
-        low, high: quartiles of those ratios.
-    """
-
-    candidate: str
-    ms: float
-    ratio: float
-    low: float
-    high: float
-
-
-@torch.inference_mode()
-def time_case(layers: Layers, rounds: int = 15, sample_seconds: float = 3e-3) -> list[Timing]:
-    """Time all candidates of a case in turns.
-
-    Args:
-        rounds: how often each has its turn.
-        sample_seconds: a turn calls the candidate as often as this lets it, and at least once.
-    """
-    position = dict.fromkeys(layers.candidates, 0)
-
-    def turn(name: str, calls: int) -> float:
-        runs = layers.candidates[name]
-        start = time.perf_counter()
-        for _ in range(calls):
-            position[name] = (position[name] + 1) % len(runs)
-            runs[position[name]]()
-        return (time.perf_counter() - start) / calls
-
-    calls = {}
-    for name in layers.candidates:
-        turn(name, 1)
-        calls[name] = max(1, round(sample_seconds / max(turn(name, 2), 1e-7)))
-    seconds: dict[str, list[float]] = {name: [] for name in layers.candidates}
-    for _ in range(rounds):
-        for name in layers.candidates:
-            seconds[name].append(turn(name, calls[name]))
-    timings = []
-    for name, own in seconds.items():
-        ratios = sorted(a / b for a, b in zip(own, seconds[BASELINE], strict=True))
-        quarter = len(ratios) // 4
-        timings.append(
-            Timing(name, 1e3 * statistics.median(own), statistics.median(ratios), ratios[quarter], ratios[-1 - quarter])
-        )
-    return timings
 
 
 def run_case(case: Case, roofline: Roofline, *, peers: bool = True, rounds: int = 15) -> Iterator[dict[str, object]]:
@@ -358,9 +261,9 @@ def run_case(case: Case, roofline: Roofline, *, peers: bool = True, rounds: int 
     """
     layers = Layers(case, peers)
     layers.check()
-    floor = 1e3 * roofline.seconds(case)
+    floor = 1e3 * floor_seconds(case, roofline)
     described = asdict(case) | {"dtype": dtype_name(case.dtype)}
-    for timing in time_case(layers, rounds):
+    for timing in time_in_turns(layers.candidates, BASELINE, rounds, 3e-3, case.device):
         yield {
             **described,
             **{key: round(value, 5) if isinstance(value, float) else value for key, value in asdict(timing).items()},

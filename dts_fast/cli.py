@@ -218,21 +218,25 @@ def demo(out, steps, seed) -> None:
 @click.option("--share", type=Share(), default=0.01, show_default=True, help="Adapter's bytes over a 16-bit base's.")
 @click.option("--adapters", type=int, default=1, show_default=True, help="How many are loaded.")
 @click.option("--composition", default="identical", show_default=True, help="base, identical, uniform, zipf, distinct.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines, the header first.")
-def bench(models, rows, dtype, share, adapters, composition, as_json) -> None:
+def bench(models, rows, dtype, share, adapters, composition, device, as_json) -> None:
     """Time layers with adapters on this machine, beside the bare linear and other ways to do the same."""
     import torch
 
-    from .benchmark import COMPOSITIONS, MODELS, Case, measure_roofline, rank_for_share, run_case
+    from .benchmark import COMPOSITIONS, MODELS, Case, rank_for_share, run_case
     from .errors import DTSError
     from .hardware import header
+    from .timing import measure_roofline
 
     unknown = [model for model in models if model not in MODELS]
     if unknown:
         raise DTSError(f"unknown model {unknown[0]!r}; known: {', '.join(MODELS)}.")
     if composition not in ("base", *COMPOSITIONS):
         raise DTSError(f"unknown composition {composition!r}; known: base, {', '.join(COMPOSITIONS)}.")
-    roofline = measure_roofline([getattr(torch, dtype)])
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DTSError("--device cuda: no CUDA device here; see dts-fast doctor.")
+    roofline = measure_roofline([getattr(torch, dtype)], device)
     if as_json:
         click.echo(json.dumps({"header": header(), "roofline": dataclasses.asdict(roofline)}))
     else:
@@ -243,7 +247,7 @@ def bench(models, rows, dtype, share, adapters, composition, as_json) -> None:
         for layer, (n, k) in MODELS[model].items():
             for m in rows or [1, 8]:
                 rank = rank_for_share(n, k, share)
-                case = Case(n, k, m, getattr(torch, dtype), rank, adapters, composition)
+                case = Case(n, k, m, getattr(torch, dtype), rank, adapters, composition, device)
                 for row in run_case(case, roofline):
                     if as_json:
                         click.echo(json.dumps({"model": model, "layer": layer, **row}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ def header() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        **({"cuda": torch.version.cuda, "triton": version("triton")} if torch.cuda.is_available() else {}),
         "dts_fast": __version__,
         "commit": _commit(),
     }

@@ -121,11 +121,15 @@ def narrowed(rows: Sequence[int]) -> route:
 def slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
     """int32 ``[rows]`` for the ops; each of the slots stands for ``rows / len(slots)`` neighbouring rows. Not to be
     written to: the layers of a model share it."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # it has values when replayed
-    if torch.compiler.is_compiling() or capturing or rows > _MOST_CACHED_ROWS:
+    if torch.compiler.is_compiling() or rows > _MOST_CACHED_ROWS:
         return _make_slot_ids(slots, rows, device)
     key = slots if isinstance(slots, int) else tuple(slots), rows, device
     ids = _SLOT_IDS.get(key)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if ids is None:
+            return _make_slot_ids(slots, rows, device)  # it has values when the graph is replayed, and not before
+        _CAPTURED[key] = ids  # the graph reads it as long as it lives
+        return ids
     if ids is None:
         if len(_SLOT_IDS) >= _MOST_SLOT_IDS:
             _SLOT_IDS.clear()
@@ -139,6 +143,7 @@ def slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
 
 # All layers of a forward pass ask for the same, and so do the steps of a generation.
 _SLOT_IDS: dict[tuple, Tensor] = {}
+_CAPTURED: dict[tuple, Tensor] = {}
 _MOST_SLOT_IDS = 256
 _MOST_CACHED_ROWS = 4096
 

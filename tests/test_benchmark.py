@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from dts_fast import benchmark
-from dts_fast.benchmark import Case, Layers, Roofline, rank_for_share, run_case, time_case
+from dts_fast.benchmark import BASELINE, Case, Layers, floor_seconds, rank_for_share, run_case
 from dts_fast.errors import DTSError
+from dts_fast.timing import Roofline, dtype_name, time_in_turns
 
 
 @pytest.fixture(autouse=True)
 def _small_cache(monkeypatch):
-    monkeypatch.setattr(benchmark, "last_level_cache", lambda: 1)
+    monkeypatch.setattr(benchmark, "last_level_cache", lambda device: 1)
 
 
 def test_compositions():
@@ -34,8 +35,8 @@ def test_floors_by_hand():
     assert (case.adapter_bytes, case.floor_bytes) == (adapter, 2 * 64 * 32 + 2 * adapter)
     assert case.floor_operations == 2 * 4 * 64 * 32 + 2 * 4 * 16 * 96
     roofline = Roofline(1e9, {"bfloat16": 1e12})
-    assert roofline.seconds(case) == pytest.approx(case.floor_bytes / 1e9)
-    assert Roofline(1e15, {"bfloat16": 1e6}).seconds(case) == pytest.approx(case.floor_operations / 1e6)
+    assert floor_seconds(case, roofline) == pytest.approx(case.floor_bytes / 1e9)
+    assert floor_seconds(case, Roofline(1e15, {"bfloat16": 1e6})) == pytest.approx(case.floor_operations / 1e6)
 
 
 def test_the_rank_of_a_share():
@@ -48,7 +49,7 @@ def test_the_rank_of_a_share():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_composition_is_timed_beside_the_linear(composition, dtype):
     case = Case(48, 40, 6, dtype, 16, adapters=3, composition=composition)
-    rows = list(run_case(case, Roofline(1e9, {benchmark.dtype_name(dtype): 1e9}), rounds=2))
+    rows = list(run_case(case, Roofline(1e9, {dtype_name(dtype): 1e9}), rounds=2))
     names = [row["candidate"] for row in rows]
     assert names[:2] == ["F.linear", "DTSLinear"]
     assert ("delta materialised" in names) == (composition == "identical")
@@ -70,5 +71,5 @@ def test_candidates_rotate_through_all_copies():
     layers.candidates = {
         name: [lambda name=name, i=i: calls.append((name, i)) for i in range(3)] for name in ("F.linear", "other")
     }
-    time_case(layers, rounds=1, sample_seconds=1e-9)
+    time_in_turns(layers.candidates, BASELINE, rounds=1, sample_seconds=1e-9)
     assert {i for name, i in calls if name == "other"} == {0, 1, 2}

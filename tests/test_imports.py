@@ -55,7 +55,8 @@ ALLOWED = {
     "routing": {"bank", "errors"},
     "prepack": {"codes", "errors", "native", "ops", "packing", "routing"},
     "nn": {"bank", "codes", "errors", "mixture", "ops", "prepack", "reference", "routing"},
-    "benchmark": {"codes", "errors", "native", "nn", "reference", "routing"},
+    "timing": set(),
+    "benchmark": {"codes", "errors", "native", "nn", "reference", "routing", "timing"},
     "model": {
         "adapter_file", "atomic", "bank", "characteristic", "checkpoint", "errors", "fingerprint", "mixture", "nn",
         "routing",
@@ -66,7 +67,7 @@ ALLOWED = {
     "demo": {"adapter_file", "compress", "config", "demo_lm", "errors", "hardware", "model"},
     "cli": {
         "benchmark", "characteristic", "compress", "config", "demo", "dense", "doctor", "errors", "export", "fuse",
-        "hardware", "verify", "version",
+        "hardware", "timing", "verify", "version",
     },
     "__init__": {
         "adapter_file", "characteristic", "codes", "compress", "config", "errors", "fit", "fuse", "model", "nn",

@@ -65,6 +65,9 @@ if find_spec("triton"):
 
     TRITON = {"triton": Backend(on_device(DEVICE, triton.linear), on_device(DEVICE, triton.add_delta_), 1.5)}
 
+if torch.cuda.is_available():
+    TRITON["registered on the GPU"] = Backend(on_device("cuda", ops.linear), on_device("cuda", ops.add_delta_), 1.5)
+
 ISAS = native.MODULE.cpu_isas() if native.MODULE else []
 BACKENDS = {
     "plain": Backend(reference.linear, reference.add_delta_),

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on any CUDA machine, in under 10 minutes: build, tests of every backend,
+# compute-sanitizer on a small case, block sizes, benches. Writes to the folder given (default: gpu_results) as it goes,
+# and goes on where it ended.
+#
+#   bench/gpu.sh [FOLDER] [STEP...]     steps: build test sanitize tune bench (all of them if none is named)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-gpu_results}
+shift || true
+steps=${*:-build test sanitize tune bench}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+failed=()
+
+step() {
+  local name=$1
+  shift
+  case " $steps " in *" $name "*) ;; *) return ;; esac
+  echo "== $name: $*"
+  local begin=$SECONDS
+  "$@" 2>&1 | tee "$out/$name.log"
+  local status=${PIPESTATUS[0]}
+  echo "== $name: exit $status after $((SECONDS - begin)) s"
+  [ "$status" -eq 0 ] || failed+=("$name")
+}
+
+sanitize() {
+  local tool=compute-sanitizer
+  command -v $tool >/dev/null || { echo "no $tool here"; return 0; }
+  local check
+  for check in memcheck racecheck synccheck; do
+    echo "-- $check"
+    $tool --tool $check --error-exitcode 9 --kernel-regex kns=_kernel "$python" -m pytest -q -p no:cacheprovider \
+      "tests/test_triton.py::test_any_block_sizes_compute_the_same" || return 1
+  done
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/gpu.txt"
+step build env DTS_FAST_BUILD=cpu "$python" setup.py -q build_ext --inplace
+step test "$python" -m pytest -q -x tests/test_gpu.py tests/test_ops.py tests/test_triton.py tests/test_nn.py
+step sanitize sanitize
+step tune "$python" bench/tune_triton.py --minutes 3 --out "$out"
+if compgen -G "$out/sm_*.json" >/dev/null; then
+  mkdir -p dts_fast/triton/tables
+  cp "$out"/sm_*.json dts_fast/triton/tables/
+fi
+step bench "$python" bench/bench_ops.py --device cuda --rounds 7 --out "$out/ops_cuda.jsonl"
+[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

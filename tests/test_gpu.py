@@ -1,0 +1,88 @@
+"""What only a GPU shows: graphs that are replayed with other adapters, compilation, several devices' defaults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dts_fast import DTSLinear, fit, ops, route
+from dts_fast.codes import to_pages
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def layer_of(n: int, k: int, dtype: torch.dtype, adapters: int = 3) -> tuple[DTSLinear, list[torch.Tensor]]:
+    """A layer of fixed capacity with adapters "0", "1", ... and its dense weights, the base's last."""
+    base = nn.Linear(k, n, bias=False, dtype=dtype, device="cuda").requires_grad_(False)
+    layer, dense = DTSLinear(base, max_adapters=adapters + 1, max_rank=32), []
+    for i in range(adapters):
+        delta = fit(0.05 * torch.randn(n, k), rank=20)
+        layer.load_adapter(str(i), delta)
+        dense.append(base.weight.double() + delta.dequantize(torch.float64).cuda())
+    return layer, [*dense, base.weight.double()]
+
+
+def expected(x: torch.Tensor, dense: list[torch.Tensor], slots: list[int]) -> torch.Tensor:
+    return torch.stack([row @ dense[slot].t() for row, slot in zip(x.double(), slots, strict=True)])
+
+
+def close(y: torch.Tensor, truth: torch.Tensor) -> None:
+    # One rounding of the result, and of levels and h, to 16 bits; sums of a few hundred terms of size 1.
+    eps = torch.finfo(y.dtype).eps
+    torch.testing.assert_close(y.double(), truth, rtol=4 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 7, 33, 300])
+def test_rows_use_their_own_adapters(dtype, m):
+    layer, dense = layer_of(264, 520, dtype)
+    x = torch.randn(m, 520, device="cuda").to(dtype)
+    slots = [(i % 4) - 1 for i in range(m)]
+    with torch.no_grad(), route(["__base__" if s < 0 else str(s) for s in slots]):
+        close(layer(x), expected(x, dense, slots))
+
+
+def test_a_graph_is_replayed_with_other_slots_and_adapters():
+    layer, dense = layer_of(256, 512, torch.bfloat16)
+    x = torch.randn(8, 512, device="cuda").bfloat16()
+    ids = torch.zeros(8, dtype=torch.int32, device="cuda")
+    weight, bank = layer.base_layer.weight, layer.bank.tensors
+    with torch.no_grad():
+        ops.linear(x, weight, None, *bank, ids)  # compiled before it is captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = ops.linear(x, weight, None, *bank, ids)
+        for slots in ([0] * 8, [2, 1, 0, -1, 2, 1, 0, -1], [-1] * 8, [1, 1, 1, 1, 0, 0, 0, 0]):
+            ids.copy_(torch.tensor(slots))
+            graph.replay()
+            close(y, expected(x, dense, slots))
+        other = fit(0.05 * torch.randn(256, 512), rank=32)
+        layer.bank.load(1, to_pages(other))
+        ids.fill_(1)
+        graph.replay()
+        close(y, x.double() @ (weight.double() + other.dequantize(torch.float64).cuda()).t())
+
+
+def test_results_repeat():
+    layer, _ = layer_of(1024, 4096, torch.bfloat16)
+    x = torch.randn(17, 4096, device="cuda").bfloat16()
+    with torch.no_grad(), route("1"):
+        first = layer(x)
+        assert all(torch.equal(layer(x), first) for _ in range(20))
+
+
+def test_a_layer_compiles_without_graph_breaks():
+    layer, dense = layer_of(256, 512, torch.bfloat16)
+    x = torch.randn(4, 512, device="cuda").bfloat16()
+    layer.set_adapter("2")
+    with torch.no_grad():
+        close(torch.compile(layer, fullgraph=True)(x), expected(x, dense, [2] * 4))
+
+
+def test_gradients_reach_the_input():
+    layer, dense = layer_of(256, 512, torch.float32)
+    x = torch.randn(5, 512, device="cuda", requires_grad=True)
+    with route("0"):
+        layer(x).sum().backward()
+    torch.testing.assert_close(x.grad.double(), dense[0].sum(0).expand(5, -1), rtol=1e-4, atol=1e-4)
