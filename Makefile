@@ -1,12 +1,13 @@
 # make demo   set up and run the main job      make test   set up and run all tests
 # make lint   check formatting                 make format apply it
 # make bench  time the ops beside their peers  make sanitize  run the CPU kernels under sanitizers
+# make cuda-check  compile the CUDA kernels for every target, and run them block by block on the CPU (part of make test)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py
 
-.PHONY: demo test lint format bench sanitize clean
+.PHONY: demo test lint format bench sanitize cuda-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dts-fast demo $(ARGS)
@@ -32,6 +33,9 @@ sanitize:
 	$(CXX) -std=c++20 -O1 -g -Wno-psabi -DDTS_FAST_POISON -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
 		tests/native/sanitize.cpp csrc/cpu/batch.cpp csrc/cpu/isa.cpp csrc/cpu/scalar.cpp csrc/cpu/avx2.cpp csrc/cpu/avx512.cpp csrc/cpu/amx.cpp
 	build/sanitize
+
+cuda-check: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/test_cuda.py $(ARGS)
 
 # The build tools and torch first: the extension is built against the torch that runs it (--no-build-isolation).
 $(VENV)/.dependencies: pyproject.toml constraints.txt

@@ -2,6 +2,7 @@
 
 DTS_FAST_BUILD=auto   (default) build what can be built; without a compiler, install the pure-Python package and say so
               =cpu    build the CPU extension or fail
+              =cuda   build it with the CUDA kernels or fail (TORCH_CUDA_ARCH_LIST: targets, MAX_JOBS: processes)
               =none   pure Python
 """
 
@@ -13,7 +14,9 @@ from pathlib import Path
 from setuptools import setup
 
 CHOICE = os.environ.get("DTS_FAST_BUILD", "auto")
-CHOICES = ("auto", "cpu", "none")
+CHOICES = ("auto", "cpu", "cuda", "none")
+# Where no GPU is seen and none is named: what the kernels were written for, and PTX for newer ones.
+TARGETS = "8.0;9.0+PTX"
 
 
 def say(message: str) -> None:
@@ -32,6 +35,15 @@ def openmp() -> list[str]:
     return []
 
 
+def why_not_cuda(torch, cuda_home: str | None) -> str | None:
+    """Why the CUDA kernels cannot be built; None if they can. A GPU need not be here: it may be where this is used."""
+    if not torch.version.cuda:
+        return "this torch was built without CUDA"
+    if cuda_home is None:
+        return "no CUDA toolkit was found (CUDA_HOME, nvcc)"
+    return None
+
+
 def native_build() -> dict:
     """Arguments of setup() for the extension, or nothing where it is not built."""
     if CHOICE not in CHOICES:
@@ -39,13 +51,23 @@ def native_build() -> dict:
     if CHOICE == "none":
         return {}
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError:
         if CHOICE != "auto":
             raise
         say("torch is not visible to the build, so the package is installed WITHOUT its native kernels.")
         say("For those: pip install torch, then pip install --no-build-isolation dts_fast.")
         return {}
+
+    no_cuda = why_not_cuda(torch, CUDA_HOME)
+    if CHOICE == "cuda" and no_cuda:
+        raise SystemExit(f"DTS_FAST_BUILD=cuda: {no_cuda}.")
+    with_cuda = CHOICE != "cpu" and no_cuda is None
+    if CHOICE == "auto" and torch.version.cuda and no_cuda:
+        say(f"the CUDA kernels are NOT built: {no_cuda}. GPUs are served by Triton's.")
+    if with_cuda and not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", TARGETS)
 
     class BuildOrFallBack(BuildExtension):
         def run(self) -> None:
@@ -60,13 +82,18 @@ def native_build() -> dict:
                 )
                 self.extensions = []
 
-    extension = CppExtension(
+    sources = sorted(path for path in Path("csrc").rglob("*") if path.suffix in (".cpp", ".cu"))
+    if not with_cuda:
+        sources = [path for path in sources if path.parent.name != "cuda"]
+    # at::parallel_for is inline and runs on threads only where OpenMP is on. The runtime is not linked: torch has
+    # loaded one (its own copy, in wheels), and a second one would bring threads of its own.
+    cxx = ["-O3", "-fvisibility=hidden", *openmp()]
+    extension = (CUDAExtension if with_cuda else CppExtension)(
         "dts_fast._C",
-        [str(path) for path in sorted(Path("csrc").rglob("*.cpp"))],
+        [str(path) for path in sources],
         include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
-        # at::parallel_for is inline and runs on threads only where OpenMP is on. The runtime is not linked: torch has
-        # loaded one (its own copy, in wheels), and a second one would bring threads of its own.
-        extra_compile_args=["-O3", "-fvisibility=hidden", *openmp()],
+        define_macros=[("DTS_FAST_WITH_CUDA", None)] if with_cuda else [],
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]} if with_cuda else cxx,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOrFallBack}}
 

@@ -8,6 +8,7 @@ the last-level cache, so that weights and codes come from memory as they do in a
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -259,6 +260,7 @@ def run_case(case: Case, roofline: Roofline, *, peers: bool = True, rounds: int 
     Raises:
         DTSError: the result is wrong.
     """
+    gc.collect()  # the last case's layers, some of which refer to themselves: gigabytes
     layers = Layers(case, peers)
     layers.check()
     floor = 1e3 * floor_seconds(case, roofline)

@@ -10,7 +10,7 @@ import shutil
 
 import torch
 
-from . import native, ops
+from . import gpu, native
 from .version import __version__
 
 _REBUILD = "in a clone of the project: pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -45,12 +45,15 @@ def _backends(compiler: str | None) -> list[dict[str, object]]:
         )
     else:
         cpu_reason, mend = f"{native.MODULE.cpu_isa()}; for CPU tensors", None
-    no_triton = ops.why_not_triton()
+    no_cuda, no_triton = gpu.why_not_cuda(), gpu.why_not_triton()
+    cuda_mend = (
+        f"install nvcc, then DTS_FAST_BUILD=cuda and {_REBUILD}" if torch.cuda.is_available() and no_cuda else None
+    )
     triton_mend = "pip install triton" if torch.cuda.is_available() and _version("triton") is None else None
     return [
         _backend("plain torch", True, "serves every device that no kernel below serves", None),
         _backend("CPU C++", native.MODULE is not None, cpu_reason, mend),
-        _backend("CUDA C++", False, "not in this release", None),
+        _backend("CUDA C++", no_cuda is None, no_cuda or "for up to 16 rows of CUDA tensors", cuda_mend),
         _backend("Triton", no_triton is None, no_triton or "for CUDA tensors", triton_mend),
     ]
 

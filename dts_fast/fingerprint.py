@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def largest_fingerprint(parameters: int) -> int:
     return -(-2 * samples // 3) * 4
 
 
-def check_fingerprint(fingerprint: str, parameters: Mapping[str, Tensor], base: str) -> None:
+def check_fingerprint(fingerprint: str, parameters: Mapping[str, Tensor | Elements], base: str) -> None:
     """Refuse a base model whose weights are not those the adapter was made for.
 
     Args:
@@ -93,11 +94,21 @@ def merge_fingerprints(members: Sequence[tuple[str, Collection[str]]]) -> str:
     return _encode([merged[name][:per_tensor] for name in sorted(merged)])
 
 
-def sample(tensor: Tensor, count: int) -> Tensor:
-    """``count`` elements at fixed positions spread over a tensor, as float64 on the CPU."""
-    flat = tensor.detach().reshape(-1)
-    positions = torch.tensor(_POSITIONS[:count], device=flat.device) * flat.numel() // (2 * len(_POSITIONS))
-    return flat[positions].cpu().double()
+class Elements(Protocol):
+    """A parameter that is not there as a tensor, but can be asked for elements (a packed weight)."""
+
+    def numel(self) -> int: ...
+
+    def elements(self, positions: Tensor) -> Tensor: ...
+
+
+def sample(parameter: Tensor | Elements, count: int) -> Tensor:
+    """``count`` elements at fixed positions spread over a parameter, as float64 on the CPU."""
+    positions = torch.tensor(_POSITIONS[:count]) * parameter.numel() // (2 * len(_POSITIONS))
+    if not isinstance(parameter, Tensor):
+        return parameter.elements(positions).cpu().double()
+    flat = parameter.detach().reshape(-1)
+    return flat[positions.to(flat.device)].cpu().double()
 
 
 def _encode(samples: Sequence[Tensor]) -> str:

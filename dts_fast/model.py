@@ -25,9 +25,10 @@ from .bank import BASE, SlotTable
 from .characteristic import characteristic_of
 from .checkpoint import Checkpoint, common_prefix
 from .errors import BaseMismatchError, CheckpointError, DTSError
-from .fingerprint import check_fingerprint
+from .fingerprint import Elements, check_fingerprint
 from .mixture import check_weights, select, similarity_weights
 from .nn import DTSModule, wrap
+from .prepack import PackedLinear, no_kernels
 from .routing import current_route, route
 
 DEFAULT_ADAPTER = "default"
@@ -47,6 +48,8 @@ class DTSModel(nn.Module):
 
     def __init__(self, model: nn.Module, max_adapters: int = 8, *, prepack: bool = False) -> None:
         super().__init__()
+        if prepack and no_kernels() is not None:
+            raise DTSError(f"prepack: {no_kernels()}. Leave prepack off.")
         self.prepack = prepack
         self.model = model
         self.slots = SlotTable(max_adapters)
@@ -332,9 +335,11 @@ class DTSModel(nn.Module):
         try:
             for path, parameters in owners.items():
                 if path not in self._wrappers:
-                    wrapper = wrap(
-                        self._modules_by_path[path], self.slots, path, prepack=self.prepack and not self._is_tied(path)
+                    # Heads that come whole with an adapter are not the base's to compute with.
+                    prepack = (
+                        self.prepack and not self._is_tied(path) and not isinstance(parameters.get("weight"), Tensor)
                     )
+                    wrapper = wrap(self._modules_by_path[path], self.slots, path, prepack=prepack)
                     self._wrappers[path] = wrapper
                     self._put(path, wrapper)
                 loaded.append(self._wrappers[path])
@@ -423,14 +428,15 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 class _LiveParameters(Mapping):
-    """The base's parameters by their names in an adapter, looked up one at a time: a packed one is unpacked for it."""
+    """The base's parameters by their names in an adapter, for `check_fingerprint`: a packed one is the layer itself."""
 
     def __init__(self, modules: Mapping[str, nn.Module], names: Mapping[str, str]) -> None:
         self.modules, self.names = modules, names
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor | Elements:
         path, _, leaf = self.names[name].rpartition(".")
-        return self.modules[path].get_parameter(leaf)
+        module = self.modules[path]
+        return module if isinstance(module, PackedLinear) and leaf == "weight" else module.get_parameter(leaf)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

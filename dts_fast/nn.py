@@ -27,7 +27,7 @@ from .codes import (
 )
 from .errors import BaseMismatchError, RoutingError
 from .mixture import mix
-from .prepack import PackedLinear, pack_, unpack_
+from .prepack import PackedLinear, pack_, unpack_, why_not_packable
 from .routing import current_route, current_slots, narrowed, slot_ids
 
 Parameter = Delta | Tensor
@@ -111,6 +111,11 @@ class DTSModule(nn.Module):
         """The shape of each parameter of the base layer."""
         return {name: tuple(parameter.shape) for name, parameter in self.base_layer.named_parameters()}
 
+    def base_kind(self, name: str) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of a parameter of the base layer."""
+        parameter = self.base_layer.get_parameter(name)
+        return parameter.device, parameter.dtype
+
     def bare_layer(self) -> nn.Module:
         """The base layer as it was before it was wrapped; the wrapper is not to be used after."""
         return self.base_layer
@@ -128,10 +133,10 @@ class DTSModule(nn.Module):
         """The personalised parameters of a slot, materialised in the base's dtypes."""
         dense = {}
         for name, parameter in self.parameters_of(slot).items():
-            base = self.base_layer.get_parameter(name).detach()
             if isinstance(parameter, Tensor):
-                dense[name] = parameter.to(base.device, base.dtype)
+                dense[name] = parameter.to(*self.base_kind(name))
             else:
+                base = self.base_layer.get_parameter(name).detach()
                 wide = torch.promote_types(base.dtype, torch.float32)
                 dense[name] = (base.to(wide) + parameter.dequantize(wide).to(base.device)).to(base.dtype)
         return dense
@@ -262,7 +267,7 @@ class _BankedModule(DTSModule):
     def parameters_of(self, slot: int) -> Mapping[str, Parameter]:
         found = dict(super().parameters_of(slot))
         for name in self.loaded.get(slot, ()):
-            shape = tuple(self.base_layer.get_parameter(name).shape)
+            shape = self.base_shapes()[name]
             bank = self.bank if name == "weight" else self.bias_bank
             listed = bank.slot_pages[slot] >= 0
             pages, weights = bank.pages[bank.slot_pages[slot][listed].long()], bank.slot_weights[slot][listed]
@@ -339,7 +344,9 @@ class DTSLinear(_BankedModule):
         # Conv1D of transformers keeps its weight as [in, out]; known by name, because this file imports no models.
         self_transposed = type(base_layer).__name__ == "Conv1D"
         n, k = reversed(base_layer.weight.shape) if self_transposed else base_layer.weight.shape
-        super().__init__(pack_(base_layer) if prepack else base_layer, (n, k), max_adapters, slots, max_rank)
+        super().__init__(base_layer, (n, k), max_adapters, slots, max_rank)
+        if prepack:
+            pack_(base_layer)
         self.transposed = self_transposed
         self.in_features, self.out_features = k, n
 
@@ -349,13 +356,20 @@ class DTSLinear(_BankedModule):
             shapes["weight"] = (self.out_features, self.in_features)
         return shapes
 
+    def base_kind(self, name: str) -> tuple[torch.device, torch.dtype]:
+        if isinstance(self.base_layer, PackedLinear) and name == "weight":
+            return self.base_layer.packed.device, self.base_layer.packed.dtype
+        return super().base_kind(name)
+
     def bare_layer(self) -> nn.Module:
         packed = isinstance(self.base_layer, PackedLinear)
         return unpack_(self.base_layer) if packed else self.base_layer
 
     def _forward_one(self, slot: int, args, kwargs):
         if slot in self.stored and isinstance(self.base_layer, PackedLinear):
-            dense = {"weight": self.base_layer.weight, "bias": self.base_layer.bias, **self.dense_parameters(slot)}
+            dense = {"bias": self.base_layer.bias, **self.dense_parameters(slot)}
+            if "weight" not in dense:
+                dense["weight"] = self.base_layer.weight
             return nn.functional.linear(*args, **kwargs, **dense)
         return super()._forward_one(slot, args, kwargs)
 
@@ -397,7 +411,7 @@ class DTSLinear(_BankedModule):
         if self.bias_bank is not None and self._touches_bias(slots):
             delta = reference.vector_delta(self.out_features, *self.bias_bank.tensors, ids)
             y = (y + delta).to(y.dtype)
-        return y if input.dim() == 2 else y.unflatten(0, input.shape[:-1])
+        return y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
 
 
 class DTSEmbedding(_BankedModule):
@@ -447,7 +461,7 @@ def wrap(layer: nn.Module, slots: SlotTable, path: str = "", *, prepack: bool = 
     if type(layer) is nn.Embedding:
         wrapper = DTSEmbedding(layer, slots=slots)
     elif isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D":
-        wrapper = DTSLinear(layer, prepack=prepack and type(layer) is nn.Linear, slots=slots)
+        wrapper = DTSLinear(layer, prepack=prepack and why_not_packable(layer) is None, slots=slots)
     else:
         wrapper = DTSModule(layer, slots=slots)
     wrapper.batch_first = not path.endswith(_RELATIVE_POSITIONS)

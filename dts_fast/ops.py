@@ -8,12 +8,10 @@ Shape symbols: M rows, N out, K in, P pages, S slots, L pages a slot may list.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from . import native, reference  # noqa: F401  (native registers its kernels against the schemas below)
+from . import gpu, native, reference  # noqa: F401  (native registers its kernels against the schemas below)
 from .codes import PageLayout
 from .packing import packed_shape, unpack_weight
 
@@ -22,6 +20,8 @@ _BANK = "Tensor pages, Tensor slot_pages, Tensor slot_weights, Tensor slot_ids"
 _LIBRARY.define(f"linear(Tensor x, Tensor weight, Tensor? bias, {_BANK}) -> Tensor")
 _LIBRARY.define(f"packed_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, {_BANK}) -> Tensor")
 _LIBRARY.define(f"add_delta_(Tensor(a!) y, Tensor x, {_BANK}, *, bool transpose=False) -> ()")
+# Of csrc/cuda, called by gpu.py with checked arguments: y = x W^T + bias + delta, or y += delta without a weight.
+_LIBRARY.define(f"decode_(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, {_BANK}) -> ()")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -73,7 +73,7 @@ def packed_linear(
 ) -> Tensor:
     """`linear` on a weight ``[out_features, K]`` in the packed form of `packing.pack_weight`.
 
-    Gradients flow to ``x`` alone.
+    Gradients flow to ``x`` and ``bias``.
 
     Raises:
         ValueError: see `linear`.
@@ -112,6 +112,7 @@ def add_delta_(
 def _check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids) -> None:
     _expect(weight.dim() == 2, "weight", "[N, K]", weight)
     _expect(weight.dtype == x.dtype, "weight", f"dtype of x, {x.dtype}", weight)
+    _expect(weight.device == x.device, "weight", f"device {x.device} like x", weight)
     n, k = weight.shape
     _expect(x.dim() == 2 and x.shape[1] == k, "x", f"[M, {k}] for weight {list(weight.shape)}", x)
     if bias is not None:
@@ -169,7 +170,8 @@ def _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids) -> None:
         f"contiguous int32 [{x.shape[0]}], one slot for each row of x",
         slot_ids,
     )
-    for name, tensor in (("pages", pages), ("slot_pages", slot_pages), ("slot_ids", slot_ids)):
+    bank = {"pages": pages, "slot_pages": slot_pages, "slot_weights": slot_weights, "slot_ids": slot_ids}
+    for name, tensor in bank.items():
         _expect(tensor.device == x.device, name, f"device {x.device} like x", tensor)
 
 
@@ -193,40 +195,14 @@ def _expect(holds: bool, name: str, expected: str, got: Tensor) -> None:
         )
 
 
-@cache
-def why_not_triton() -> str | None:
-    """Why Triton's kernels would not be used on a GPU; None where they are."""
-    if not torch.cuda.is_available():
-        return "no CUDA device here"
-    if torch.version.hip:
-        return "not tried on AMD GPUs"
-    try:
-        from . import triton  # noqa: F401
-    except ImportError as error:
-        return str(error)
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "this GPU has no bfloat16 matrix units"
-    return None
-
-
-@cache
-def _gpu_kernels():
-    """The best kernels there are for GPUs: a module with the signatures of `reference`."""
-    if why_not_triton() is not None:
-        return reference
-    from . import triton  # slow to import, and of no use without a GPU
-
-    return triton
-
-
 def _linear_gpu(*arguments):
     _check_linear(*arguments)
-    return _gpu_kernels().linear(*arguments)
+    return gpu.linear(*arguments)
 
 
 def _add_delta_gpu(*arguments, transpose=False):
     _check_add_delta(*arguments, transpose)
-    _gpu_kernels().add_delta_(*arguments, transpose=transpose)
+    gpu.add_delta_(*arguments, transpose=transpose)
 
 
 def _linear_plain(x, weight, bias, pages, slot_pages, slot_weights, slot_ids):
@@ -297,8 +273,8 @@ torch.library.register_autograd("dts_fast::linear", _linear_backward, setup_cont
 
 
 def _packed_linear_setup_context(ctx, inputs, output):
-    x, weight, _, ctx.out_features, *bank = inputs
-    ctx.in_features = x.shape[1]
+    x, weight, bias, ctx.out_features, *bank = inputs
+    ctx.in_features, ctx.has_bias = x.shape[1], bias is not None
     ctx.save_for_backward(weight, *bank)
 
 
@@ -308,7 +284,8 @@ def _packed_linear_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         grad_x = grad @ unpack_weight(weight, ctx.out_features, ctx.in_features)
         torch.ops.dts_fast.add_delta_(grad_x, grad, *bank, transpose=True)
-    return grad_x, *([None] * 7)
+    grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    return grad_x, None, grad_bias, *([None] * 5)
 
 
 torch.library.register_autograd(

@@ -32,4 +32,11 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 def unpack_weight(packed: Tensor, n: int, k: int) -> Tensor:
     """The weight ``[n, k]`` of a packed form, bit for bit; a copy."""
-    return packed.transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k].contiguous()
+    return packed.transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k].clone(memory_format=torch.contiguous_format)
+
+
+def packed_elements(packed: Tensor, k: int, positions: Tensor) -> Tensor:
+    """Elements at int64 ``positions [P]`` of the flattened weight ``[n, k]``: ``[P]``."""
+    rows, columns = positions // k, positions % k
+    pair = packed.shape[3]
+    return packed[rows // PANEL, columns // pair, rows % PANEL, columns % pair]

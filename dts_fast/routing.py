@@ -127,15 +127,19 @@ def slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
     ids = _SLOT_IDS.get(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         if ids is None:
-            return _make_slot_ids(slots, rows, device)  # it has values when the graph is replayed, and not before
-        _CAPTURED[key] = ids  # the graph reads it as long as it lives
+            return _make_captured(slots, rows, device)
+        _CAPTURED[id(ids)] = ids  # the graph reads it as long as it lives
         return ids
     if ids is None:
         if len(_SLOT_IDS) >= _MOST_SLOT_IDS:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # streams may still read what is dropped
             _SLOT_IDS.clear()
         # Not an inference tensor, whatever the caller is in: the next one may want gradients.
         with torch.inference_mode(False):
             ids = _make_slot_ids(slots, rows, device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # the next one to ask may be on another stream
         if type(ids) is Tensor:  # and not a fake one
             _SLOT_IDS[key] = ids
     return ids
@@ -143,9 +147,19 @@ def slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
 
 # All layers of a forward pass ask for the same, and so do the steps of a generation.
 _SLOT_IDS: dict[tuple, Tensor] = {}
-_CAPTURED: dict[tuple, Tensor] = {}
+_CAPTURED: dict[int, Tensor] = {}  # never dropped
 _MOST_SLOT_IDS = 256
 _MOST_CACHED_ROWS = 4096
+
+
+def _make_captured(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
+    """Within a graph, for which nothing has been made before: it has values when the graph is replayed, and not before,
+    so that no one else may have it."""
+    if isinstance(slots, int):
+        return _make_slot_ids(slots, rows, device)
+    host = _make_slot_ids(slots, rows, torch.device("cpu")).pin_memory()  # copied from at every replay
+    _CAPTURED[id(host)] = host
+    return host.to(device, non_blocking=True)
 
 
 def _make_slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:

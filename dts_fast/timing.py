@@ -100,29 +100,44 @@ class _GpuClock:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        try:
+        self.captured = not _synchronises(runs[0])
+        if self.captured:
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 for run in runs:
                     run()
-            self.captured = True
-        except RuntimeError:  # something in it synchronises, or copies from the host
-            torch.cuda.synchronize()
-            self.captured = False
 
     def turn(self, calls: int) -> float:
         """Seconds of a call."""
         passes = max(1, round(calls / len(self.runs)))
+        self._replay()  # not timed: the device is busy when the clock starts, and the first launch hidden
         self.start.record()
         for _ in range(passes):
-            if self.captured:
-                self.graph.replay()
-            else:
-                for run in self.runs:
-                    run()
+            self._replay()
         self.end.record()
         self.end.synchronize()
         return self.start.elapsed_time(self.end) / 1e3 / (passes * len(self.runs))
+
+    def _replay(self) -> None:
+        if self.captured:
+            self.graph.replay()
+        else:
+            for run in self.runs:
+                run()
+
+
+def _synchronises(run: Callable[[], object]) -> bool:
+    """Whether a call waits for the device, which no graph can capture. To find out by trying would leave torch's
+    allocator in the dead graph's pool."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
 
 
 @dataclass(frozen=True)
@@ -155,14 +170,8 @@ def measure_roofline(dtypes: Sequence[torch.dtype], device: str = "cpu") -> Roof
 
 
 def _best(run: Callable[[], object], device: str, repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    clock = _CpuClock([run]) if device == "cpu" else _GpuClock([run])
+    return min(clock.turn(1) for _ in range(repeats))
 
 
 def last_level_cache(device: str = "cpu") -> int:

@@ -28,9 +28,9 @@ def expected(x: torch.Tensor, dense: list[torch.Tensor], slots: list[int]) -> to
 
 
 def close(y: torch.Tensor, truth: torch.Tensor) -> None:
-    # One rounding of the result, and of levels and h, to 16 bits; sums of a few hundred terms of size 1.
+    # One rounding of the result, and of levels and h, to the type; sums of a few hundred terms of size 1 in float32.
     eps = torch.finfo(y.dtype).eps
-    torch.testing.assert_close(y.double(), truth, rtol=4 * eps, atol=8 * eps)
+    torch.testing.assert_close(y.double(), truth, rtol=4 * eps, atol=8 * eps + 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -81,7 +83,16 @@ def test_an_unknown_build_choice_is_refused():
     assert "auto, cpu, none" in done.stderr
 
 
-@pytest.mark.skipif(native.MODULE is None, reason=f"extension {native.REASON}")
+@pytest.mark.skipif(native.MODULE is None or not shutil.which("objdump"), reason="needs the extension and objdump")
+def test_what_runs_on_import_runs_on_any_processor():
+    """Initialisers of static objects run wherever the library is loaded, whatever their file is compiled for."""
+    command = ["objdump", "-d", "--no-show-raw-insn", native.MODULE.__file__]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    initialisers = re.findall(r"<(_GLOBAL__sub_I_[^>]*)>:\n(.*?)(?:\n\n|\Z)", code, re.DOTALL)
+    assert initialisers
+    assert [name for name, body in initialisers if re.search(r"%[yz]mm|%k[0-7]", body)] == []
+
+
 @pytest.mark.parametrize("isa", [*(native.MODULE.cpu_isas() if native.MODULE else []), "mmx"])
 def test_the_environment_chooses_the_instruction_set(isa):
     code = """

@@ -71,11 +71,65 @@ def test_state_dicts_stay_as_they_are():
 
 
 @needs_native
+def test_loading_tensors_that_train_leaves_no_graph_behind():
+    _, _, packed = layers()
+    other = nn.Linear(50, 70)
+    packed.base_layer.load_state_dict(dict(other.named_parameters()))
+    assert not packed.base_layer.packed.requires_grad
+    assert torch.equal(copy.deepcopy(packed).weight, other.weight)
+    half = {name: value.bfloat16() for name, value in other.state_dict().items()}
+    packed.base_layer.load_state_dict(half, assign=True)
+    assert packed.weight.dtype == packed(torch.randn(2, 50).bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(packed.weight, half["weight"])
+
+
+@needs_native
+def test_what_was_packed_is_unpacked_as_it_was():
+    layer = nn.Linear(50, 70)
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in layer.named_parameters()}
+    assert unpack_(pack_(layer)) is layer
+    assert [name for name, _ in layer.named_parameters()] == list(before)
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        assert parameter.requires_grad == before[name][1]
+    with torch.inference_mode():
+        pack_(layer)
+    layer(torch.randn(2, 50, requires_grad=True)).sum().backward()  # no inference tensor
+
+
+@needs_native
+def test_an_input_without_a_batch():
+    base, plain, packed = layers()
+    x = torch.randn(50)
+    torch.testing.assert_close(packed.base_layer(x), base(x))
+    for layer in (plain, packed):
+        layer.set_adapter("a")
+    torch.testing.assert_close(packed(x), plain(x))
+    with pytest.raises(ValueError, match="weight: expected"):
+        packed.base_layer(torch.randn(2, 49))
+
+
+@needs_native
+def test_elements_are_read_without_unpacking():
+    for dtype in DTYPES:
+        layer = nn.Linear(51, 70, dtype=dtype)
+        positions = torch.randint(0, 51 * 70, (30,))
+        expected = layer.weight.detach().flatten()[positions]
+        assert torch.equal(pack_(layer).elements(positions), expected)
+
+
+@needs_native
 def test_a_packed_layer_can_be_converted_and_copied():
     base, _, packed = layers()
     layer = copy.deepcopy(packed.base_layer).bfloat16()
     assert torch.equal(layer.weight, base.weight.bfloat16())
     assert torch.equal(layer.half().weight, base.weight.bfloat16().half())
+    where = layer.packed.data_ptr()
+    assert layer.to("cpu").packed.data_ptr() == where
+    layer.to(memory_format=torch.channels_last)  # for the 4-D tensors of a model around it
+    torch.testing.assert_close(
+        layer(torch.ones(1, 50).half()), (base.weight.sum(1) + base.bias)[None].half(), rtol=0.05, atol=0.05
+    )
     plain = unpack_(copy.deepcopy(packed.base_layer))
     assert type(plain) is nn.Linear
     assert torch.equal(plain.weight, base.weight)
@@ -116,6 +170,12 @@ def test_what_cannot_be_packed_is_refused():
         pack_(nn.Embedding(4, 4))
     with pytest.raises(DTSError, match=r"got torch.float64 on cpu"):
         pack_(nn.Linear(4, 4, dtype=torch.float64))
+    with pytest.raises(DTSError, match=r"its weight is computed by a hook"):
+        pack_(torch.nn.utils.weight_norm(nn.Linear(4, 4)))
+    replaced = nn.Linear(4, 4)
+    replaced.forward = replaced.forward
+    with pytest.raises(DTSError, match=r"its forward was replaced"):
+        pack_(replaced)
     with pytest.raises(DTSError, match=r"on meta"):
         pack_(nn.Linear(4, 4, device="meta"))
 
@@ -127,6 +187,8 @@ def test_without_native_kernels_packing_is_refused_and_the_op_still_computes(mon
         DTSLinear(layer, prepack=True)
     assert type(layer) is nn.Linear
     assert layer.weight.shape == (4, 4)
+    with pytest.raises(DTSError, match="needs the native CPU kernels"):
+        DTSModel(nn.Sequential(layer), prepack=True)
     y = ops._packed_linear_plain(x, pack_weight(layer.weight), layer.bias, 4, *bank.tensors, torch.zeros(2).int())
     torch.testing.assert_close(y, layer(x))
 

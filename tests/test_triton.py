@@ -23,13 +23,13 @@ from dts_fast.triton.configs import Config, choose, default, key, write_table
 
 CAPABILITIES = (80, 89, 90, 100)
 
-# Several tiles of rows and blocks of outputs; fewer leaders than distinct slots; more pages a step than a slot has, and
-# fewer; more splits than there are blocks of K.
+# Several tiles of rows and blocks of outputs; more pages a step than a slot has, and fewer; more splits than there are
+# blocks of K.
 CONFIGS = [
-    Config(True, 16, 16, 16, 1, 1, 1, shrink_block_k=16),
-    Config(True, 16, 32, 64, 2, 4, 3, shrink_block_k=32),
-    Config(True, 32, 64, 32, 8, 2, 32, shrink_block_k=64),
-    Config(True, 64, 16, 128, 4, 16, 2, shrink_block_k=128),
+    Config(True, 16, 16, 16, 1, 1, shrink_block_k=16, shrink_pages=1),
+    Config(True, 16, 32, 64, 2, 4, shrink_block_k=32, shrink_pages=4),
+    Config(True, 32, 64, 32, 8, 2, shrink_block_k=64, shrink_pages=1),
+    Config(True, 64, 16, 128, 4, 16, shrink_block_k=128, shrink_pages=8),
 ]
 
 
@@ -53,13 +53,13 @@ def test_any_block_sizes_compute_the_same(config, m):
     within_rounding(y, expected, start, delta_magnitude(PageLayout(n, k), bank, x, slot_ids))
 
 
-def test_what_the_plan_does_not_name_is_never_read():
-    """Scratch is not initialised: tiles without adapters, ranks of empty pages and other rows' columns hold NaN."""
+def test_scratch_that_was_not_written_is_never_read():
+    """Tiles without adapters, ranks of empty pages and other rows' columns hold NaN."""
     bank, _ = make_bank(20, 24, [3, 33])
     x, weight = torch.randn(40, 24), torch.randn(20, 24)
     slot_ids = torch.full((40,), -1, dtype=torch.int32)
     slot_ids[:16] = torch.randint(0, 2, (16,), dtype=torch.int32)  # the second and third tile have none
-    config = Config(True, 16, 16, 32, 4, 2, 2, shrink_block_k=16)
+    config = Config(True, 16, 16, 32, 4, 2, shrink_block_k=16)
     y = on_device(DEVICE, linear)(x, weight, None, *bank.tensors, slot_ids, config=config)
     assert torch.isfinite(y).all()
     torch.testing.assert_close(y[16:], x[16:] @ weight.t(), rtol=1e-5, atol=1e-5)
@@ -72,10 +72,10 @@ def test_the_rules_give_legal_block_sizes(capability, dtype, m):
     for n, k, length in ((128, 896, 1), (4096, 4096, 10), (28672, 4096, 26), (33, 17, 300)):
         for dense in (True, False):
             config = default(m, n, k, dtype, length, capability, dense)
-            sizes = (config.block_m, config.block_n, config.block_k, config.pages, config.shrink_block_k, config.splits)
+            sizes = (config.block_m, config.block_n, config.block_k, config.pages, config.shrink_block_k)
+            sizes += (config.splits, config.shrink_pages)
             assert all(size & (size - 1) == 0 for size in sizes), config
             assert min(config.block_m, config.block_n, config.block_k, config.shrink_block_k) >= 16
-            assert 1 <= config.leaders <= config.block_m
             assert config.stages >= 2
 
 

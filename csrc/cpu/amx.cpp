@@ -43,8 +43,24 @@ const Kernels& kFewRows = kAvx512;
 
 #include "tiles.inc"
 
+}  // namespace
+}  // namespace dts_fast::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace dts_fast::cpu {
+namespace {
+
+// Compiled for any processor, for it runs on any when the library is loaded.
 Kernels table() {
-  Kernels kernels = with_tiles(kAvx512, "amx");
+  Kernels kernels = kAvx512;
+  kernels.name = "amx";
+  kernels.pack[kBFloat16] = pack_tiles;
+  kernels.dense[kBFloat16] = dense_tiles;
   // Not measured: decoding batches, which memory bounds. Torch multiplies larger ones on the same units.
   kernels.own_base_rows[kBFloat16] = 32;
   return kernels;
@@ -55,10 +71,4 @@ Kernels table() {
 const Kernels kAmx = table();
 
 }  // namespace dts_fast::cpu
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
 #endif

@@ -103,27 +103,31 @@ const std::vector<Entry>& table() {
   return entries;
 }
 
-std::vector<const Kernels*> available() {
+bool runs(const Entry& entry) {
   const auto present = features();
+  for (const std::string& need : entry.needs) {
+    bool found = false;
+    for (const auto& [name, has] : present) found |= has && name == need;
+    if (!found) return false;
+  }
+  return !entry.permitted || entry.permitted();
+}
+
+std::vector<const Kernels*> available() {
   std::vector<const Kernels*> out;
   for (const Entry& entry : table()) {
-    bool runs = true;
-    for (const std::string& need : entry.needs) {
-      bool found = false;
-      for (const auto& [name, has] : present) found |= has && name == need;
-      runs &= found;
-    }
-    if (runs && (!entry.permitted || entry.permitted())) out.push_back(entry.kernels);
+    if (runs(entry)) out.push_back(entry.kernels);
   }
   return out;
 }
 
 const Kernels* find(const std::string& name) {
-  std::string known;
-  for (const Kernels* kernels : available()) {
-    if (name == kernels->name) return kernels;
-    known += std::string(known.empty() ? "" : ", ") + kernels->name;
+  // Only what is asked for: AMX's permission makes every stack larger.
+  for (const Entry& entry : table()) {
+    if (name == entry.kernels->name && runs(entry)) return entry.kernels;
   }
+  std::string known;
+  for (const Kernels* kernels : available()) known += std::string(known.empty() ? "" : ", ") + kernels->name;
   throw std::invalid_argument("dts_fast: CPU instruction set '" + name + "' is unknown or cannot run here; expected " +
                               known + ".");
 }

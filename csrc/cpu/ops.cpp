@@ -100,8 +100,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                          int64_t out_features, const at::Tensor& pages, const at::Tensor& slot_pages,
                          const at::Tensor& slot_weights, const at::Tensor& slot_ids) {
-  const int64_t m = x.size(0), n = out_features, k = x.size(-1);
-  check_packed_linear(x, weight, bias, n, kPanel);
+  check_packed_linear(x, weight, bias, out_features, kPanel);
+  const int64_t m = x.size(0), n = out_features, k = x.size(1);
   check_bank(x, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
   check_pages(slot_pages, pages.size(0));

@@ -1,4 +1,4 @@
-"""The ops on Triton kernels: for any GPU that Triton compiles for, without a compiler on the user's machine."""
+"""The ops on Triton kernels: for any GPU that Triton compiles for, without nvcc and without building an extension."""
 
 from .launch import add_delta_, linear
 

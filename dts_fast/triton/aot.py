@@ -29,7 +29,7 @@ CAPABILITIES = (80, 89, 90, 100)
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # What a layer's sizes and strides are multiples of, in every model that is worth a kernel; the launcher finds the same.
 _ALIGNED = ("x", "x_stride", "weight", "weight_stride", "bias", "y", "y_stride", "words", "floats", "page_words", "h",
-            "plan", "slot_pages", "slot_weights", "slot_ids", "N", "K", "u_offset")  # fmt: skip
+            "partial", "counters", "slot_pages", "slot_weights", "slot_ids", "N", "K", "u_offset")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,15 @@ def faults(row: Compiled) -> list[str]:
 
 
 def _settings(kernel, config: Config, dtype: torch.dtype, capability: int, transpose: bool) -> tuple[dict, dict]:
-    """Compile-time constants and options, as launch.py passes them: one leader is what one row has."""
+    """Compile-time constants and options, as launch.py passes them."""
     known = {
         "TRANSPOSE": transpose, "WIDE": dtype == torch.float32, "PDL": capability >= PDL_CAPABILITY, "HAS_BIAS": True,
-        "EVEN_K": True, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "BLOCK_L": 16,
-        "PAGES": config.pages, "SPLITS": config.splits, "LEADERS": config.leaders, "PARTS": 3,
-        "ONE_ROW": config.leaders == 1, "STEP_STAGES": config.step_stages,
+        "EVEN_K": True, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "PAGES": config.pages, "SPLITS": config.splits,
     }  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
     if kernel is shrink_kernel:
-        known["BLOCK_K"] = config.shrink_block_k
+        known |= {"BLOCK_K": config.shrink_block_k, "PAGES": config.shrink_pages}
         options = {"num_warps": config.shrink_warps}
     if kernel is expand_kernel:
         options = {"num_warps": config.warps}
@@ -126,7 +125,7 @@ def _compile(kernel, dtype, config, constants, options, capability) -> Compiled:
     element = _DTYPES[dtype]
     pointers = dict.fromkeys(("x", "weight", "bias", "y"), f"*{element}")
     pointers |= {"words": "*i32", "floats": "*fp32", "slot_pages": "*i32", "slot_weights": "*fp32", "slot_ids": "*i32"}
-    pointers |= {"h": "*fp32", "plan": "*i32"}
+    pointers |= {"h": f"*{element}", "partial": "*fp32", "counters": "*i32"}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in _ALIGNED}
     source = ASTSource(kernel, signature, constants, aligned)

@@ -23,8 +23,7 @@ class Config:
 
     Attributes:
         fused: base and delta in one kernel; otherwise torch's linear, and the delta added to its result.
-        warps, stages: of the kernel with the expand, whose steps over pages have ``step_stages``. shrink_warps: of the
-            shrink.
+        pages, warps, stages: of the kernel with the expand. splits, shrink_*: of the shrink.
     """
 
     fused: bool
@@ -33,11 +32,10 @@ class Config:
     block_k: int
     pages: int
     splits: int
-    leaders: int
     warps: int = 4
     stages: int = 4
-    step_stages: int = 2
     shrink_block_k: int = 128
+    shrink_pages: int = 2
     shrink_warps: int = 4
 
 
@@ -82,21 +80,22 @@ def default(m: int, n: int, k: int, dtype: torch.dtype, length: int, capability:
         stages = max(2, min(stages, shared_memory(capability) // 2 // stage))
     else:
         block_n, block_k, stages = 64, 64, 3
-    pages = min(2 if wide or block_m > 32 else 4, 1 << max(length - 1, 0).bit_length())
-    # Every block of outputs adds up the splits of all its rows.
-    splits = max(1, min(16 if m == 1 else 64 // block_m, -(-k // 256)))
+    # A step takes all pages of an adapter where registers allow: its loads are waited for once.
+    listed = 1 << max(length - 1, 0).bit_length()
+    pages = min(listed, 2 if wide else 16 if block_m <= 16 and block_n <= 32 else 8 if block_m <= 32 else 4)
     return Config(
         fused,
         block_m,
         block_n,
         block_k,
         pages,
-        splits,
-        leaders=min(m, block_m) if m <= 64 else 2,
+        # Some 256 elements of K for each program: the shrink of one adapter has to fill the device, too.
+        splits=max(1, min(32, 1 << ((k + 255) // 256).bit_length() - 1)) if m <= 64 else 1,
         warps=4 if block_m <= 64 else 8,
         stages=stages,
-        shrink_warps=4 if block_m <= 64 else 8,
         shrink_block_k=32 if wide else 64 if block_m > 16 else 128,
+        shrink_pages=min(listed, 2),
+        shrink_warps=4 if block_m <= 64 else 8,
     )
 
 

@@ -35,68 +35,81 @@ def _decode(codes, level0, level1, level2, level3):
 
 
 @triton.jit
-def _largest_level(floats, page_at, valid, LEVELS: tl.constexpr):
-    """What a page's levels are divided by: 16-bit types then hold them whatever their size. ``[PAGES]``"""
-    largest = tl.abs(tl.load(floats + page_at + LEVELS, mask=valid, other=1.0))
-    for i in tl.static_range(1, 4):
-        largest = tl.maximum(largest, tl.abs(tl.load(floats + page_at + LEVELS + i, mask=valid, other=1.0)))
-    return tl.where(largest > 0.0, largest, 1.0)
+def _levels(floats, page_at, valid, LEVELS: tl.constexpr, dtype: tl.constexpr):
+    """The four levels of each page over its largest, ``[PAGES]`` each, and that largest: 16-bit types hold them then,
+    whatever their size."""
+    level0 = tl.load(floats + page_at + LEVELS, mask=valid, other=0.0)
+    level1 = tl.load(floats + page_at + LEVELS + 1, mask=valid, other=0.0)
+    level2 = tl.load(floats + page_at + LEVELS + 2, mask=valid, other=0.0)
+    level3 = tl.load(floats + page_at + LEVELS + 3, mask=valid, other=0.0)
+    largest = tl.maximum(tl.maximum(tl.abs(level0), tl.abs(level1)), tl.maximum(tl.abs(level2), tl.abs(level3)))
+    largest = tl.where(largest > 0.0, largest, 1.0)
+    inverse = 1.0 / largest
+    return (
+        (level0 * inverse).to(dtype), (level1 * inverse).to(dtype), (level2 * inverse).to(dtype),
+        (level3 * inverse).to(dtype), largest,
+    )  # fmt: skip
+
+
+# A factor's words come from memory before they are needed, and are widened to their 16 codes by a dimension of shifts
+# when they are. V has ranks as lanes of its tiles and elements along each word; U the other way round. `at` is a
+# multiple of 16; what lies beyond `size` is 0.
 
 
 @triton.jit
-def _factor(
-    words, floats, page_at, valid, at, size, offset, LEVELS: tl.constexpr, LANES_ARE_RANKS: tl.constexpr,
-    PAGES: tl.constexpr, BLOCK: tl.constexpr, RANKS_LAST: tl.constexpr, dtype: tl.constexpr,
+def _load_words(
+    words, page_at, valid, at, size, offset, LANES_ARE_RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    RANKS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Elements ``at .. at + BLOCK`` of a factor for all ranks of some pages, over their largest level.
-
-    V has ranks as lanes of its tiles and elements along each word; U the other way round. Words are loaded once and
-    widened to their 16 codes by a dimension of shifts.
-
-    Args:
-        page_at: int64 ``[PAGES]``, where the pages begin. offset: where the factor's tiles do, within a page.
-        at: multiple of 16. size: of the factor; what lies beyond is arbitrary, but finite.
-
-    Returns:
-        ``[BLOCK, PAGES * 16]`` if RANKS_LAST, else ``[PAGES * 16, BLOCK]``.
-    """
-    largest = _largest_level(floats, page_at, valid, LEVELS)
-    level0 = tl.load(floats + page_at + LEVELS, mask=valid, other=0.0) / largest
-    level1 = tl.load(floats + page_at + LEVELS + 1, mask=valid, other=0.0) / largest
-    level2 = tl.load(floats + page_at + LEVELS + 2, mask=valid, other=0.0) / largest
-    level3 = tl.load(floats + page_at + LEVELS + 3, mask=valid, other=0.0) / largest
-    level0, level1, level2, level3 = level0.to(dtype), level1.to(dtype), level2.to(dtype), level3.to(dtype)
+    """Words of elements ``at .. at + BLOCK`` of some pages: [tile, page, rank] or [page, rank, tile] where lanes are
+    ranks, otherwise [element, page] or [page, element]."""
     inside = tl.arange(0, 16)
-    if LANES_ARE_RANKS and RANKS_LAST:  # [tile, element, page, rank]
+    if LANES_ARE_RANKS and RANKS_LAST:
         tiles = at // 16 + tl.arange(0, BLOCK // 16)
         where = page_at[None, :, None] + offset + tiles[:, None, None] * 16 + inside[None, None, :]
         word = tl.load(words + where, mask=(tiles * 16 < size)[:, None, None] & valid[None, :, None], other=0)
-        codes = word[:, None, :, :] >> (2 * inside)[None, :, None, None]
-        l0, l1 = level0[None, None, :, None], level1[None, None, :, None]
-        l2, l3 = level2[None, None, :, None], level3[None, None, :, None]
-        values = tl.reshape(_decode(codes, l0, l1, l2, l3), (BLOCK, PAGES * 16))
-    elif LANES_ARE_RANKS:  # [page, rank, tile, element]
+    elif LANES_ARE_RANKS:
         tiles = at // 16 + tl.arange(0, BLOCK // 16)
         where = page_at[:, None, None] + offset + tiles[None, None, :] * 16 + inside[None, :, None]
         word = tl.load(words + where, mask=(tiles * 16 < size)[None, None, :] & valid[:, None, None], other=0)
-        codes = word[:, :, :, None] >> (2 * inside)[None, None, None, :]
-        l0, l1 = level0[:, None, None, None], level1[:, None, None, None]
-        l2, l3 = level2[:, None, None, None], level3[:, None, None, None]
-        values = tl.reshape(_decode(codes, l0, l1, l2, l3), (PAGES * 16, BLOCK))
-    elif RANKS_LAST:  # [element, page, rank]
+    elif RANKS_LAST:
         elements = at + tl.arange(0, BLOCK)
         where = page_at[None, :] + offset + elements[:, None]
         word = tl.load(words + where, mask=(elements < size)[:, None] & valid[None, :], other=0)
-        codes = word[:, :, None] >> (2 * inside)[None, None, :]
-        l0, l1, l2, l3 = level0[None, :, None], level1[None, :, None], level2[None, :, None], level3[None, :, None]
-        values = tl.reshape(_decode(codes, l0, l1, l2, l3), (BLOCK, PAGES * 16))
-    else:  # [page, rank, element]
+    else:
         elements = at + tl.arange(0, BLOCK)
         where = page_at[:, None] + offset + elements[None, :]
         word = tl.load(words + where, mask=(elements < size)[None, :] & valid[:, None], other=0)
+    return word
+
+
+@triton.jit
+def _widen(
+    word, l0, l1, l2, l3, LANES_ARE_RANKS: tl.constexpr, PAGES: tl.constexpr, BLOCK: tl.constexpr,
+    RANKS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The factor that words hold: ``[BLOCK, PAGES * 16]`` if RANKS_LAST, else ``[PAGES * 16, BLOCK]``."""
+    inside = tl.arange(0, 16)
+    if LANES_ARE_RANKS and RANKS_LAST:  # [tile, element, page, rank]
+        codes = word[:, None, :, :] >> (2 * inside)[None, :, None, None]
+        values = _decode(
+            codes, l0[None, None, :, None], l1[None, None, :, None], l2[None, None, :, None], l3[None, None, :, None]
+        )
+        values = tl.reshape(values, (BLOCK, PAGES * 16))
+    elif LANES_ARE_RANKS:  # [page, rank, tile, element]
+        codes = word[:, :, :, None] >> (2 * inside)[None, None, None, :]
+        values = _decode(
+            codes, l0[:, None, None, None], l1[:, None, None, None], l2[:, None, None, None], l3[:, None, None, None]
+        )
+        values = tl.reshape(values, (PAGES * 16, BLOCK))
+    elif RANKS_LAST:  # [element, page, rank]
+        codes = word[:, :, None] >> (2 * inside)[None, None, :]
+        values = _decode(codes, l0[None, :, None], l1[None, :, None], l2[None, :, None], l3[None, :, None])
+        values = tl.reshape(values, (BLOCK, PAGES * 16))
+    else:  # [page, rank, element]
         codes = word[:, None, :] >> (2 * inside)[None, :, None]
-        l0, l1, l2, l3 = level0[:, None, None], level1[:, None, None], level2[:, None, None], level3[:, None, None]
-        values = tl.reshape(_decode(codes, l0, l1, l2, l3), (PAGES * 16, BLOCK))
+        values = _decode(codes, l0[:, None, None], l1[:, None, None], l2[:, None, None], l3[:, None, None])
+        values = tl.reshape(values, (PAGES * 16, BLOCK))
     return values
 
 
@@ -110,199 +123,200 @@ def _dot(a, b, acc, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _first_of_their_slot(slots, rows, BLOCK_M: tl.constexpr):
-    """Whether each row is the first of the tile with its slot. ``[BLOCK_M]``"""
+def _distinct(slot_ids, rows, M, BLOCK_M: tl.constexpr):
+    """(slots, the number of each row's slot in the order of its first row or -1 where it is not that first row, how
+    many there are)"""
+    slots = tl.load(slot_ids + rows, mask=rows < M, other=-1)
     earlier = (slots[:, None] == slots[None, :]) & (rows[None, :] < rows[:, None])
-    return (slots >= 0) & (tl.max(earlier.to(tl.int32), axis=1) == 0)
+    first = ((slots >= 0) & (tl.max(earlier.to(tl.int32), axis=1) == 0)).to(tl.int32)
+    return slots, tl.where(first == 1, tl.cumsum(first) - 1, -1), tl.sum(first)
 
 
 @triton.jit
+def _pages_of(slot_pages, slots, numbers, d, l0, L, PAGES: tl.constexpr):
+    """(the d-th distinct slot, its pages l0 .. l0 + PAGES or -1)"""
+    slot = tl.max(tl.where(numbers == d, slots, -1)).to(tl.int64)
+    index = l0 + tl.arange(0, PAGES)
+    return slot, tl.load(slot_pages + slot * L + index, mask=(index < L) & (slot >= 0), other=-1)
+
+
+@triton.jit(do_not_specialize=["M", "L"])
 def shrink_kernel(
-    x, x_stride, words, floats, page_words, slot_pages, slot_weights, slot_ids, h, plan, M, K, L, u_offset, steps_most,
+    x, x_stride, words, floats, page_words, slot_pages, slot_weights, slot_ids, partial, h, counters, M, K, L, u_offset,
     TRANSPOSE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_L: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr, LEADERS: tl.constexpr, PARTS: tl.constexpr,
+    PAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """``h[split, m, 16 p + r] = weight s[r] sum_k x[m, k] V[k, r]`` over the split's part of K, for page p of row m's
-    slot; U's largest level is in it, too. What no page of a slot fills is not written, nor read later.
+    """``h[m, 16 p + r] = weight s[r] sum_k x[m, k] V[k, r]`` for page p of row m's slot; the largest levels of both
+    factors are in it, too. What no page of a slot fills is not written, nor read later.
 
-    Also the plan of each tile of rows, for the kernels that follow: the number of steps, and for each step a slot and
-    the first of the PAGES of its list that the step takes.
-
-    Grid: (tiles * LEADERS, PARTS, SPLITS). LEADERS programs share the distinct slots of a tile, PARTS the pages of a
-    slot.
+    Grid: (tiles of M, programs). The programs of a tile share its items: a distinct slot, PAGES pages, a split of K.
+    Whoever is the last of an item's splits adds them up, in their order.
 
     Args:
-        h: float32 ``[SPLITS, M, 16 L]``. plan: int32 ``[tiles, 1 + 2 steps_most]``.
+        partial: float32 ``[SPLITS, M, 16 L]``. h: ``[M, 16 L]``, rounded to the type of x.
+        counters: int32 ``[tiles, BLOCK_M, ceil(L / PAGES)]``, 0 before and after.
     """
-    tile, leader = tl.program_id(0) // LEADERS, tl.program_id(0) % LEADERS
-    part, split = tl.program_id(1), tl.program_id(2)
     if PDL:
         # The next kernel may begin to read the base's weights; it waits for this one before it reads h.
         tl_cuda.gdc_launch_dependents()
+    tile = tl.program_id(0)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    slots = tl.load(slot_ids + rows, mask=rows < M, other=-1)
-    first = _first_of_their_slot(slots, rows, BLOCK_M)
-    distinct = tl.sum(first.to(tl.int32))
-    number = tl.cumsum(first.to(tl.int32)) - 1  # of a first row's slot, in the order of rows
-    if (leader == 0) & (part == 0) & (split == 0):
-        own = plan + tile * (1 + 2 * steps_most)
-        steps = tl.zeros((BLOCK_M,), tl.int32)
-        for l0 in range(0, L, BLOCK_L):
-            index = l0 + tl.arange(0, BLOCK_L)
-            there = first[:, None] & (index < L)[None, :]
-            listed = tl.load(slot_pages + slots[:, None].to(tl.int64) * L + index[None, :], mask=there, other=-1)
-            steps += tl.sum((listed >= 0).to(tl.int32), axis=1)
-        steps = (steps + PAGES - 1) // PAGES
-        begin = tl.cumsum(steps) - steps
-        tl.store(own, tl.sum(steps))
-        for i in range(0, tl.max(steps)):
-            to = own + 1 + 2 * (begin + i)
-            tl.store(to, slots, mask=i < steps)
-            tl.store(to + 1, tl.zeros_like(slots) + i * PAGES, mask=i < steps)
-    inside = tl.arange(0, 16)
+    slots, numbers, distinct = _distinct(slot_ids, rows, M, BLOCK_M)
+    groups = tl.cdiv(L, PAGES)
     span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
-    begin_k, end_k = split * span, tl.minimum((split + 1) * span, K)
-    for d in range(leader, distinct, LEADERS):
-        slot = tl.max(tl.where(first & (number == d), slots, -1)).to(tl.int64)
-        mine = slots == slot
-        for l0 in range(part * PAGES, L, PARTS * PAGES):
-            index = l0 + tl.arange(0, PAGES)
-            page = tl.load(slot_pages + slot * L + index, mask=index < L, other=-1)
-            valid = page >= 0
-            if tl.max(page) >= 0:
-                page_at = page.to(tl.int64) * page_words
-                acc = tl.zeros((BLOCK_M, PAGES * 16), tl.float32)
-                for k0 in range(begin_k, end_k, BLOCK_K):
-                    k = k0 + tl.arange(0, BLOCK_K)
-                    a = tl.load(
-                        x + rows[:, None].to(tl.int64) * x_stride + k[None, :],
-                        mask=mine[:, None] & (k < K)[None, :],
-                        other=0.0,
-                    )
-                    if TRANSPOSE:
-                        b = _factor(
-                            words, floats, page_at, valid, k0, K, u_offset, _U_LEVELS, False, PAGES, BLOCK_K, True,
-                            a.dtype,
-                        )  # fmt: skip
-                    else:
-                        b = _factor(
-                            words, floats, page_at, valid, k0, K, _V, _V_LEVELS, True, PAGES, BLOCK_K, True, a.dtype
-                        )
-                    acc = _dot(a, b, acc, WIDE)
-                scale = tl.load(slot_weights + slot * L + index, mask=valid, other=0.0)
-                scale *= _largest_level(floats, page_at, valid, _U_LEVELS)
-                scale *= _largest_level(floats, page_at, valid, _V_LEVELS)
-                s = tl.load(floats + page_at[:, None] + _S + inside[None, :], mask=valid[:, None], other=0.0)
-                acc *= tl.reshape(s * scale[:, None], (1, PAGES * 16))
-                column = tl.arange(0, PAGES * 16)
-                filled = tl.reshape(tl.broadcast_to(valid[:, None], (PAGES, 16)), (1, PAGES * 16))
-                to = h + (split * M + rows[:, None]).to(tl.int64) * (L * 16) + l0 * 16 + column[None, :]
-                tl.store(to, acc, mask=mine[:, None] & filled)
-
-
-@triton.jit
-def _expand(
-    acc, tile, rows, at, words, floats, page_words, slot_pages, slot_ids, h, plan, M, N, L, u_offset, steps_most,
-    TRANSPOSE: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGES: tl.constexpr,
-    SPLITS: tl.constexpr, ONE_ROW: tl.constexpr, STEP_STAGES: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """``acc [BLOCK_M, BLOCK_N] += h U^T`` for the steps of a tile's plan; h is rounded to the type of x."""
-    slots = tl.load(slot_ids + rows, mask=rows < M, other=-1)
-    own = plan + tile * (1 + 2 * steps_most)
-    column = tl.arange(0, PAGES * 16)
-    for i in tl.range(0, tl.load(own), num_stages=STEP_STAGES):
-        slot = tl.load(own + 1 + 2 * i)
-        l0 = tl.load(own + 2 + 2 * i)
-        index = l0 + tl.arange(0, PAGES)
-        page = tl.load(slot_pages + slot.to(tl.int64) * L + index, mask=index < L, other=-1)
+    inside, column = tl.arange(0, 16), tl.arange(0, PAGES * 16)
+    for item in range(tl.program_id(1), distinct * groups * SPLITS, tl.num_programs(1)):
+        split = item % SPLITS
+        group = item // SPLITS % groups
+        d = item // SPLITS // groups
+        l0 = group * PAGES
+        slot, page = _pages_of(slot_pages, slots, numbers, d, l0, L, PAGES)
         valid = page >= 0
-        page_at = page.to(tl.int64) * page_words
-        filled = tl.reshape(tl.broadcast_to(valid[:, None], (PAGES, 16)), (1, PAGES * 16))
-        there = (slots == slot)[:, None] & filled
-        if ONE_ROW:  # the other rows of the tile are padding: the splits take their place
-            where = tl.arange(0, SPLITS)[:, None] * (L * 16) + l0 * 16 + column[None, :]
-            hidden = tl.sum(tl.load(h + where, mask=filled & (where >= 0), other=0.0), axis=0)[None, :]
-            hidden = tl.where(there, hidden, 0.0)
-        else:
-            hidden = tl.zeros((BLOCK_M, PAGES * 16), tl.float32)
-            for split in tl.static_range(SPLITS):
-                where = (split * M + rows[:, None]).to(tl.int64) * (L * 16) + l0 * 16 + column[None, :]
-                hidden += tl.load(h + where, mask=there, other=0.0)
-        if TRANSPOSE:
-            b = _factor(words, floats, page_at, valid, at, N, _V, _V_LEVELS, True, PAGES, BLOCK_N, False, dtype)
-        else:
-            b = _factor(words, floats, page_at, valid, at, N, u_offset, _U_LEVELS, False, PAGES, BLOCK_N, False, dtype)
-        acc = _dot(hidden.to(dtype), b, acc, WIDE)
-    return acc
+        if tl.max(page) >= 0:
+            mine = slots == slot
+            page_at = page.to(tl.int64) * page_words
+            u0, u1, u2, u3, largest_u = _levels(floats, page_at, valid, _U_LEVELS, x.dtype.element_ty)
+            v0, v1, v2, v3, largest_v = _levels(floats, page_at, valid, _V_LEVELS, x.dtype.element_ty)
+            if TRANSPOSE:
+                v0, v1, v2, v3 = u0, u1, u2, u3
+            weight = tl.load(slot_weights + slot * L + l0 + tl.arange(0, PAGES), mask=valid, other=0.0)
+            s = tl.load(floats + page_at[:, None] + _S + inside[None, :], mask=valid[:, None], other=0.0)
+            scale = tl.reshape(s * (weight * largest_u * largest_v)[:, None], (1, PAGES * 16))
+            acc = tl.zeros((BLOCK_M, PAGES * 16), tl.float32)
+            for k0 in range(split * span, tl.minimum((split + 1) * span, K), BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                a = tl.load(
+                    x + rows[:, None].to(tl.int64) * x_stride + k[None, :],
+                    mask=mine[:, None] & (k < K)[None, :],
+                    other=0.0,
+                )
+                if TRANSPOSE:
+                    word = _load_words(words, page_at, valid, k0, K, u_offset, False, BLOCK_K, True)
+                    b = _widen(word, v0, v1, v2, v3, False, PAGES, BLOCK_K, True)
+                else:
+                    word = _load_words(words, page_at, valid, k0, K, _V, True, BLOCK_K, True)
+                    b = _widen(word, v0, v1, v2, v3, True, PAGES, BLOCK_K, True)
+                acc = _dot(a, b, acc, WIDE)
+            acc *= scale
+            filled = tl.reshape(tl.broadcast_to(valid[:, None], (PAGES, 16)), (1, PAGES * 16))
+            at = rows[:, None].to(tl.int64) * (L * 16) + l0 * 16 + column[None, :]
+            there = mine[:, None] & filled
+            if SPLITS == 1:
+                tl.store(h + at, acc.to(h.dtype.element_ty), mask=there)
+            else:
+                whole = M.to(tl.int64) * L * 16
+                tl.store(partial + split * whole + at, acc, mask=there)
+                counter = counters + (tile * BLOCK_M + d) * groups + group
+                tl.debug_barrier()  # all of this program's part is stored before it counts
+                arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+                if arrived == SPLITS - 1:
+                    tl.debug_barrier()
+                    total = tl.zeros((BLOCK_M, PAGES * 16), tl.float32)
+                    for i in range(SPLITS):
+                        total += tl.load(partial + i * whole + at, mask=there, other=0.0, cache_modifier=".cg")
+                    tl.store(h + at, total.to(h.dtype.element_ty), mask=there)
+                    tl.store(counter, 0)
 
 
 @triton.jit
+def _hidden(h, rows, slots, slot, page, l0, L, PAGES: tl.constexpr):
+    """h of the rows with a slot, for PAGES of its pages: ``[BLOCK_M, PAGES * 16]``, zero elsewhere."""
+    column = tl.arange(0, PAGES * 16)
+    filled = tl.reshape(tl.broadcast_to((page >= 0)[:, None], (PAGES, 16)), (1, PAGES * 16))
+    at = rows[:, None].to(tl.int64) * (L * 16) + l0 * 16 + column[None, :]
+    return tl.load(h + at, mask=(slots == slot)[:, None] & filled, other=0.0)
+
+
+@triton.jit(do_not_specialize=["M", "L"])
 def linear_kernel(
-    x, x_stride, weight, weight_stride, bias, y, words, floats, page_words, slot_pages, slot_ids, h, plan, M, N, K, L,
-    u_offset, steps_most,
+    x, x_stride, weight, weight_stride, bias, y, words, floats, page_words, slot_pages, slot_ids, h, M, N, K, L,
+    u_offset,
     HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAGES: tl.constexpr, SPLITS: tl.constexpr, ONE_ROW: tl.constexpr,
-    STEP_STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     """``y = x W^T + bias + h U^T``: the expand is further steps of the base's sum, on the same accumulator.
 
-    Grid: (blocks of N, tiles of M). The weights are read once each and not kept in the caches; with PDL, while the
-    shrink before this kernel still runs.
+    Grid: (blocks of N, tiles of M). The first adapter's codes are on their way before the base's weights, the next
+    ones' while one is multiplied; h is waited for when the base is through (PDL: the shrink runs beside it).
     """
     tile = tl.program_id(1)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     at = tl.program_id(0) * BLOCK_N
     columns = at + tl.arange(0, BLOCK_N)
+    slots, numbers, distinct = _distinct(slot_ids, rows, M, BLOCK_M)
+    groups = tl.cdiv(L, PAGES)
+    slot, page = _pages_of(slot_pages, slots, numbers, 0, 0, L, PAGES)
+    word = _load_words(words, page.to(tl.int64) * page_words, page >= 0, at, N, u_offset, False, BLOCK_N, False)
     k = tl.arange(0, BLOCK_K)
-    # Beyond the ends some row is read twice, which needs no mask; it is not stored.
-    a_at = x + (rows % M)[:, None].to(tl.int64) * x_stride + k[None, :]
+    a_at = x + rows[:, None].to(tl.int64) * x_stride + k[None, :]
+    # Beyond the last output some weights are read twice, which needs no mask; their sums are not stored. Rows beyond
+    # the last are not read: they would come from the cache as often as weights come from memory.
     b_at = weight + (columns % N)[None, :].to(tl.int64) * weight_stride + k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         if EVEN_K:
-            a = tl.load(a_at)
-            b = tl.load(b_at, eviction_policy="evict_first")
+            a = tl.load(a_at, mask=(rows < M)[:, None], other=0.0)
+            b = tl.load(b_at)
         else:
-            a = tl.load(a_at, mask=(k < K - k0)[None, :], other=0.0)
-            b = tl.load(b_at, mask=(k < K - k0)[:, None], other=0.0, eviction_policy="evict_first")
+            a = tl.load(a_at, mask=(rows < M)[:, None] & (k < K - k0)[None, :], other=0.0)
+            b = tl.load(b_at, mask=(k < K - k0)[:, None], other=0.0)
         acc = _dot(a, b, acc, WIDE)
         a_at += BLOCK_K
         b_at += BLOCK_K
     if PDL:
         tl_cuda.gdc_wait()
-    acc = _expand(
-        acc, tile, rows, at, words, floats, page_words, slot_pages, slot_ids, h, plan, M, N, L, u_offset, steps_most,
-        False, WIDE, BLOCK_M, BLOCK_N, PAGES, SPLITS, ONE_ROW,
-        STEP_STAGES, x.dtype.element_ty,
-    )  # fmt: skip
+    for step in tl.range(0, distinct * groups, num_stages=1):
+        l0 = step % groups * PAGES
+        next_slot, next_page = _pages_of(
+            slot_pages, slots, numbers, (step + 1) // groups, (step + 1) % groups * PAGES, L, PAGES
+        )
+        next_word = _load_words(
+            words, next_page.to(tl.int64) * page_words, next_page >= 0, at, N, u_offset, False, BLOCK_N, False
+        )
+        if tl.max(page) >= 0:
+            hidden = _hidden(h, rows, slots, slot, page, l0, L, PAGES)
+            l0_, l1_, l2_, l3_, _ = _levels(
+                floats, page.to(tl.int64) * page_words, page >= 0, _U_LEVELS, x.dtype.element_ty
+            )
+            acc = _dot(hidden, _widen(word, l0_, l1_, l2_, l3_, False, PAGES, BLOCK_N, False), acc, WIDE)
+        slot, page, word = next_slot, next_page, next_word
     if HAS_BIAS:
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     to = y + rows[:, None].to(tl.int64) * N + columns[None, :]
     tl.store(to, acc.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "L"])
 def expand_kernel(
-    y, y_stride, words, floats, page_words, slot_pages, slot_ids, h, plan, M, N, L, u_offset, steps_most,
+    y, y_stride, words, floats, page_words, slot_pages, slot_ids, h, M, N, L, u_offset,
     TRANSPOSE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGES: tl.constexpr, SPLITS: tl.constexpr, ONE_ROW: tl.constexpr, STEP_STAGES: tl.constexpr,
+    PAGES: tl.constexpr,
 ):  # fmt: skip
-    """``y += h U^T`` in place. Grid: (blocks of N, tiles of M); tiles without an adapter leave y as it is."""
+    """``y += h U^T`` in place. Grid: (blocks of N, tiles of M); rows without an adapter are left as they are."""
     tile = tl.program_id(1)
-    if PDL:
-        tl_cuda.gdc_wait()
-    if tl.load(plan + tile * (1 + 2 * steps_most)) == 0:
-        return
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     at = tl.program_id(0) * BLOCK_N
     columns = at + tl.arange(0, BLOCK_N)
+    slots, numbers, distinct = _distinct(slot_ids, rows, M, BLOCK_M)
+    groups = tl.cdiv(L, PAGES)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = _expand(
-        acc, tile, rows, at, words, floats, page_words, slot_pages, slot_ids, h, plan, M, N, L, u_offset, steps_most,
-        TRANSPOSE, WIDE, BLOCK_M, BLOCK_N, PAGES, SPLITS, ONE_ROW, STEP_STAGES,
-        y.dtype.element_ty,
-    )  # fmt: skip
-    slots = tl.load(slot_ids + rows, mask=rows < M, other=-1)
+    if PDL:
+        tl_cuda.gdc_wait()
+    for step in tl.range(0, distinct * groups, num_stages=1):
+        l0 = step % groups * PAGES
+        slot, page = _pages_of(slot_pages, slots, numbers, step // groups, l0, L, PAGES)
+        if tl.max(page) >= 0:
+            page_at = page.to(tl.int64) * page_words
+            hidden = _hidden(h, rows, slots, slot, page, l0, L, PAGES)
+            if TRANSPOSE:
+                word = _load_words(words, page_at, page >= 0, at, N, _V, True, BLOCK_N, False)
+                l0_, l1_, l2_, l3_, _ = _levels(floats, page_at, page >= 0, _V_LEVELS, y.dtype.element_ty)
+                b = _widen(word, l0_, l1_, l2_, l3_, True, PAGES, BLOCK_N, False)
+            else:
+                word = _load_words(words, page_at, page >= 0, at, N, u_offset, False, BLOCK_N, False)
+                l0_, l1_, l2_, l3_, _ = _levels(floats, page_at, page >= 0, _U_LEVELS, y.dtype.element_ty)
+                b = _widen(word, l0_, l1_, l2_, l3_, False, PAGES, BLOCK_N, False)
+            acc = _dot(hidden, b, acc, WIDE)
     to = y + rows[:, None].to(tl.int64) * y_stride + columns[None, :]
     mask = (slots >= 0)[:, None] & (columns < N)[None, :]
     old = tl.load(to, mask=mask, other=0.0).to(tl.float32)

@@ -1,7 +1,8 @@
-"""The ops on Triton kernels, with the signatures of `reference`; `ops` registers them for CUDA devices.
+"""The ops on Triton kernels, with the signatures of `reference`; `gpu` chooses them for CUDA devices.
 
-Arguments are checked by `ops`. Two launches a call: the shrink, and the rest. On Hopper and newer the second begins
-with the base's weights while the first still runs (programmatic dependent launch).
+Arguments are checked by `ops`. Where the base is fused a call is two launches, the shrink and the rest; on Hopper and
+newer the second begins with the base's weights while the first still runs (programmatic dependent launch). Otherwise it
+is torch's linear and two launches behind it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..codes import PageLayout
 from .configs import Config, choose
+from .counters import counters
 from .kernels import expand_kernel, linear_kernel, shrink_kernel
 
 # Set by TRITON_INTERPRET=1: kernels run in Python, on tensors of the CPU.
@@ -19,6 +21,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 # From here on a kernel may be launched before the one before it has ended.
 PDL_CAPABILITY = 90
+
+# Programs of a shrink, over all tiles of rows: they share whatever there is to do.
+_SHRINK_PROGRAMS = 4 if INTERPRETED else 528
 
 
 def linear(
@@ -46,17 +51,17 @@ def linear(
         add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids)
         return y
     x = x if _in_order(x) else x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    layout, length = PageLayout(n, k), slot_pages.shape[1]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    shared, pdl = _shrink(x, PageLayout(n, k), pages, slot_pages, slot_weights, slot_ids, config, False, capability)
-    words, floats, page_words, h, plan, u_offset, steps_most = shared
-    with _device(x):
+    h, pdl = _shrink(x, layout, pages, slot_pages, slot_weights, slot_ids, config, False, capability)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments'
         linear_kernel[triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m)](
-            x, x.stride(0), weight, weight.stride(0), bias, y, words, floats, page_words, slot_pages, slot_ids, h, plan,
-            m, n, k, slot_pages.shape[1], u_offset, steps_most,
+            x, x.stride(0), weight, weight.stride(0), bias, y, *_views(pages, layout), slot_pages, slot_ids, h, m, n, k,
+            length, layout.u_offset // 4,
             HAS_BIAS=bias is not None, EVEN_K=k % config.block_k == 0, WIDE=_wide(x), PDL=pdl,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, PAGES=config.pages,
-            SPLITS=config.splits, ONE_ROW=m == 1, STEP_STAGES=config.step_stages, num_warps=config.warps,
-            num_stages=config.stages, **_launch(pdl),
+            num_warps=config.warps, num_stages=config.stages, **_launch(pdl),
         )  # fmt: skip
     return y
 
@@ -81,49 +86,46 @@ def add_delta_(
     layout = PageLayout(k, n) if transpose else PageLayout(n, k)
     out = y if _in_order(y) else y.contiguous()
     x = x if _in_order(x) else x.contiguous()
-    shared, pdl = _shrink(x, layout, pages, slot_pages, slot_weights, slot_ids, config, transpose, capability)
-    words, floats, page_words, h, plan, u_offset, steps_most = shared
-    with _device(x):
+    h, pdl = _shrink(x, layout, pages, slot_pages, slot_weights, slot_ids, config, transpose, capability)
+    with torch.cuda.device_of(x):
         expand_kernel[triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m)](
-            out, out.stride(0), words, floats, page_words, slot_pages, slot_ids, h, plan, m, n, slot_pages.shape[1],
-            u_offset, steps_most,
+            out, out.stride(0), *_views(pages, layout), slot_pages, slot_ids, h, m, n, slot_pages.shape[1],
+            layout.u_offset // 4,
             TRANSPOSE=transpose, WIDE=_wide(x), PDL=pdl, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            PAGES=config.pages, SPLITS=config.splits, ONE_ROW=m == 1, STEP_STAGES=config.step_stages,
-            num_warps=config.warps, **_launch(pdl),
+            PAGES=config.pages, num_warps=config.warps, **_launch(pdl),
         )  # fmt: skip
     if out is not y:
         y.copy_(out)
 
 
-def _shrink(x, layout, pages, slot_pages, slot_weights, slot_ids, config, transpose, capability):
-    """Launch the shrink. Returns what the next kernel shares with it, and whether that may begin beside it."""
+def _shrink(x, layout, pages, slot_pages, slot_weights, slot_ids, config, transpose, capability) -> tuple[Tensor, bool]:
+    """Launch the shrink. Returns h, and whether the next kernel may begin beside it."""
     (m, k), length = x.shape, slot_pages.shape[1]
-    tiles = triton.cdiv(m, config.block_m)
-    parts = triton.cdiv(length, config.pages)
-    steps_most = config.block_m * parts
-    h = torch.empty(config.splits, m, 16 * length, dtype=torch.float32, device=x.device)
-    plan = torch.empty(tiles, 1 + 2 * steps_most, dtype=torch.int32, device=x.device)
-    words, floats = pages.view(torch.int32), pages.view(torch.float32)
-    page_words, u_offset = layout.nbytes // 4, layout.u_offset // 4
+    tiles, groups = triton.cdiv(m, config.block_m), triton.cdiv(length, config.shrink_pages)
+    h = torch.empty(m, 16 * length, dtype=x.dtype, device=x.device)
+    partial = h if config.splits == 1 else h.new_empty(config.splits, m, 16 * length, dtype=torch.float32)
+    count = h if config.splits == 1 else counters(tiles * config.block_m * groups, x.device)
+    # A tile has at most as many items as it has rows, or the bank slots.
+    items = min(config.block_m, m, slot_pages.shape[0]) * groups * config.splits
+    programs = max(1, min(items, _SHRINK_PROGRAMS // tiles))
     pdl = capability >= PDL_CAPABILITY and not INTERPRETED
-    with _device(x):
-        shrink_kernel[tiles * config.leaders, parts, config.splits](
-            x, x.stride(0), words, floats, page_words, slot_pages, slot_weights, slot_ids, h, plan, m, k, length,
-            u_offset, steps_most,
+    with torch.cuda.device_of(x):
+        shrink_kernel[tiles, programs](
+            x, x.stride(0), *_views(pages, layout), slot_pages, slot_weights, slot_ids, partial, h, count, m, k, length,
+            layout.u_offset // 4,
             TRANSPOSE=transpose, WIDE=_wide(x), PDL=pdl, BLOCK_M=config.block_m, BLOCK_K=config.shrink_block_k,
-            BLOCK_L=16, PAGES=config.pages, SPLITS=config.splits, LEADERS=config.leaders, PARTS=parts,
-            num_warps=config.shrink_warps,
+            PAGES=config.shrink_pages, SPLITS=config.splits, num_warps=config.shrink_warps,
         )  # fmt: skip
-    return (words, floats, page_words, h, plan, u_offset, steps_most), pdl
+    return h, pdl
+
+
+def _views(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor, int]:
+    """Codes and floats of the pages, and the size of a page in their units."""
+    return pages.view(torch.int32), pages.view(torch.float32), layout.nbytes // 4
 
 
 def _launch(pdl: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if pdl else {}
-
-
-def _device(x: Tensor):
-    # Triton launches on the current device, whatever its arguments'.
-    return torch.cuda.device_of(x)
 
 
 def _capability(x: Tensor) -> int:

@@ -108,7 +108,15 @@ const Kernels& kFewRows = kScalar;
 #define TILE_DOT(sums, a, b) dot(sums, a, b)
 #include "cpu/tiles.inc"
 
-const Kernels kernels = with_tiles(kScalar, "emulated amx");
+Kernels table() {
+  Kernels kernels = kScalar;
+  kernels.name = "emulated amx";
+  kernels.pack[kBFloat16] = pack_tiles;
+  kernels.dense[kBFloat16] = dense_tiles;
+  return kernels;
+}
+
+const Kernels kernels = table();
 
 }  // namespace emulated
 

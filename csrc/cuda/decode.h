@@ -1,0 +1,80 @@
+// What the decode kernel is given, and how it is launched. Plain C++: neither torch nor CUDA.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace dts_fast::cuda {
+
+// Counters in global memory, 0 before and after every launch; one launch at a time may use them.
+constexpr int kClaimed = 0;
+constexpr int kDone = 1;
+constexpr int kArrivals = 2;  // one for each row and each page that a slot may list
+
+constexpr int kMostDecodeRows = 32;  // slots are compared within a warp
+
+struct DecodeProblem {
+  const void* x;  // [m, x_stride]
+  int64_t x_stride;
+  const void* weight;  // [n, weight_stride], or null: the delta is added to y
+  int64_t weight_stride;
+  const void* bias;  // [n] or null
+  void* y;           // [m, y_stride]
+  int64_t y_stride;
+  const uint32_t* pages;  // [P, page_words]
+  int64_t page_words;
+  int64_t u_tiles;            // where U's tiles begin in a page, in words
+  const int32_t* slot_pages;  // [S, list_length]
+  const float* slot_weights;  // [S, list_length]
+  const int32_t* slot_ids;    // [m]
+  int list_length;
+  int m, n, k;
+  int splits;          // of the shrink's sums over k
+  int units_of_claim;  // units of the shrink, of which there are m list_length splits
+  float* partial;      // [splits, m, 16 list_length]
+  void* h;             // [m, 16 list_length] in the type of x
+  uint32_t* counters;  // [kArrivals + m list_length]
+};
+
+// The shape of a launch: tiles of 8 rows and of 16 outputs of a block, and warps that stream its weights.
+struct DecodeShape {
+  int row_tiles, output_tiles, warps;
+};
+
+inline int64_t blocks_of(const DecodeShape& shape, int64_t n) {
+  return (n + 16 * shape.output_tiles - 1) / (16 * shape.output_tiles);
+}
+
+// A block for every multiprocessor where there are few outputs, with twice the warps; otherwise smaller blocks, two of
+// which share one, so that one streams while the other ends. From bytes in flight, not measured yet.
+inline DecodeShape choose_shape(int64_t m, int64_t n, int multiprocessors) {
+  const int row_tiles = m <= 8 ? 1 : m <= 16 ? 2 : 4;
+  if (row_tiles == 4 || blocks_of({row_tiles, 1, 15}, n) <= multiprocessors) return {row_tiles, 1, 15};
+  if (row_tiles == 2 && blocks_of({2, 2, 7}, n) >= 2 * multiprocessors) return {2, 2, 7};
+  return {row_tiles, 1, 7};
+}
+
+// Parts of k that the shrink of a page is cut into: some 512 elements each, unless there are many pages to share out.
+inline int choose_splits(int64_t m, int64_t k, int64_t list_length) {
+  const int64_t by_k = (k + 511) / 512, by_pages = 1024 / (m * list_length + 1) + 1;
+  const int64_t splits = by_k < by_pages ? by_k : by_pages;
+  return static_cast<int>(splits < 16 ? splits : 16);
+}
+
+// Units of a claim: a few claims for every block.
+inline int choose_units(int64_t m, int64_t list_length, int splits, int64_t blocks) {
+  const int64_t units = m * list_length * splits;
+  return static_cast<int>((units + 4 * blocks - 1) / (4 * blocks));
+}
+
+// The instances that are compiled: (row tiles, output tiles, warps).
+#define DTS_FAST_DECODE_SHAPES(X) X(1, 1, 7) X(2, 1, 7) X(2, 2, 7) X(1, 1, 15) X(2, 1, 15) X(4, 1, 15)
+
+// Launches on a stream of the current device; the error code of the launch, 0 for none (cudaError_t).
+int launch_decode(const DecodeProblem& problem, const DecodeShape& shape, bool bfloat16, CUstream_st* stream);
+
+// The message of an error code.
+const char* error_text(int error);
+
+}  // namespace dts_fast::cuda

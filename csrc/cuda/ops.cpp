@@ -1,0 +1,62 @@
+// Where CUDA kernels register: their arguments are checked by dts_fast/ops.py, which also chooses between them and the
+// other kernels for GPUs.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+#include <torch/library.h>
+
+#include "../check.h"
+#include "counters.h"
+#include "decode.h"
+
+namespace dts_fast::cuda {
+namespace {
+
+// Rows of whole 16 bytes, elements side by side.
+bool aligned(const at::Tensor& t) {
+  return t.stride(1) == 1 && t.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+void decode_(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>& weight,
+             const std::optional<at::Tensor>& bias, const at::Tensor& pages, const at::Tensor& slot_pages,
+             const at::Tensor& slot_weights, const at::Tensor& slot_ids) {
+  const int64_t m = x.size(0), n = y.size(1), k = x.size(1), length = slot_pages.size(1);
+  expect(m <= kMostDecodeRows && k % 8 == 0 && aligned(x), "x",
+         "at most " + std::to_string(kMostDecodeRows) + " rows of whole 16 bytes", x);
+  expect(!weight || aligned(*weight), "weight", "rows of whole 16 bytes", *weight);
+  expect(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16, "x", "float16 or bfloat16", x);
+  if (m == 0 || n == 0) return;
+  const c10::cuda::CUDAGuard guard(x.device());
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  int multiprocessors = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device()));
+  const DecodeShape shape = choose_shape(m, n, multiprocessors);
+  const int splits = choose_splits(m, k, length);
+  const at::Tensor partial = at::empty({splits, m, 16 * length}, x.options().dtype(at::kFloat));
+  const at::Tensor h = at::empty({m, 16 * length}, x.options());
+  DecodeProblem p = {};
+  p.x = x.const_data_ptr(), p.x_stride = x.stride(0);
+  if (weight) p.weight = weight->const_data_ptr(), p.weight_stride = weight->stride(0);
+  const at::Tensor offset = bias ? bias->contiguous() : at::Tensor();
+  p.bias = offset.defined() ? offset.const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr(), p.y_stride = y.stride(0);
+  p.pages = static_cast<const uint32_t*>(pages.const_data_ptr()), p.page_words = pages.size(1) / 4;
+  p.u_tiles = 32 + (k + 15) / 16 * 16;  // dts_fast/codes.py, PageLayout.u_offset
+  p.slot_pages = slot_pages.const_data_ptr<int32_t>(), p.slot_weights = slot_weights.const_data_ptr<float>();
+  p.slot_ids = slot_ids.const_data_ptr<int32_t>(), p.list_length = static_cast<int>(length);
+  p.m = static_cast<int>(m), p.n = static_cast<int>(n), p.k = static_cast<int>(k);
+  p.splits = splits, p.units_of_claim = choose_units(m, length, splits, blocks_of(shape, n));
+  p.partial = partial.mutable_data_ptr<float>(), p.h = h.mutable_data_ptr();
+  p.counters = counters(stream, kArrivals + m * length);
+  const int error = launch_decode(p, shape, x.scalar_type() == at::kBFloat16, stream);
+  TORCH_CHECK(error == 0, "dts_fast: decode: ", error_text(error));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dts_fast, CUDA, m) { m.impl("decode_", &decode_); }
+
+}  // namespace dts_fast::cuda

@@ -1,0 +1,70 @@
+"""The CUDA kernels without a GPU: machine code of every instance for every target, and their logic run on the CPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+TARGETS = ("80", "89", "90", "100")
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+
+
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory):
+    """An nvcc for each target, all at once: for there are cores to fill."""
+    folder = tmp_path_factory.mktemp("cuda")
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-cubin", "-Xptxas", "-v", str(CSRC / "cuda" / "launch.cu")]
+    processes = {
+        target: subprocess.Popen(
+            [*command, f"-arch=sm_{target}", "-o", str(folder / f"{target}.cubin")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for target in TARGETS
+    }
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
+
+
+@needs_nvcc
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_instance_compiles_without_spills_and_leaves_room_for_enough_warps(compilers, target):
+    out, _ = compilers[target].communicate()
+    assert compilers[target].returncode == 0, out
+    assert "warning" not in out
+    entries = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers", out, re.DOTALL
+    )
+    shapes = re.findall(r"X\((\d+), (\d+), (\d+)\)", (CSRC / "cuda" / "decode.h").read_text())
+    assert len(entries) == 2 * 2 * len(shapes)  # types, with and without a base
+    for name, stack, registers in entries:
+        assert stack == "0", f"{name} spills"
+        # Four warps in each quarter of a multiprocessor, which has 16384 registers.
+        assert int(registers) <= 128, name
+
+
+@needs_nvcc
+def test_kernel_files_do_not_include_torch():
+    for file in CSRC.glob("cuda/*.cu*"):
+        assert not re.search(r"#include.*(torch|ATen|c10)", file.read_text()), file
+
+
+@needs_compiler
+def test_kernels_compute_the_reference_on_an_emulated_gpu(tmp_path):
+    program = tmp_path / "decode"
+    command = ["c++", "-std=c++20", "-O2", "-Wno-attributes", f"-I{CSRC}", f"-I{ROOT / 'tests' / 'native'}"]
+    subprocess.run([*command, "-o", str(program), str(ROOT / "tests" / "native" / "decode.cpp")], check=True)
+    done = subprocess.run([str(program), "8"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout == "no errors\n"
