@@ -80,7 +80,7 @@ def test_an_unknown_build_choice_is_refused():
         cwd=ROOT, env=os.environ | {"DTS_FAST_BUILD": "fast"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "auto, cpu, none" in done.stderr
+    assert "auto, cpu, cuda, none" in done.stderr
 
 
 @pytest.mark.skipif(native.MODULE is None or not shutil.which("objdump"), reason="needs the extension and objdump")

@@ -37,7 +37,7 @@ template <class T, int kRowTiles>
 __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32_t* page, const Table& table,
                                             const bool (&mine)[kRowTiles], int begin, int end,
                                             float (&sums)[kRowTiles][4]) {
-  constexpr int kAhead = kRowTiles > 2 ? 2 : 4;  // chunks whose loads are under way together
+  constexpr int kAhead = kRowTiles > 1 ? 2 : 4;  // chunks whose loads are under way together
   const int lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
   const int tiles = (p.k + kTileWords - 1) / kTileWords;
   const T* const x = static_cast<const T*>(p.x);
@@ -168,7 +168,7 @@ __device__ void shrink_and_wait(const DecodeProblem& p, int blocks) {
 // Chunks of k whose loads a thread has under way together: as many as its registers hold where 16 warps share a
 // multiprocessor, which then keep some 64 to 96 KiB of weights on their way.
 DTS_FAST_BOTH constexpr int ahead(int row_tiles, int output_tiles) {
-  return (row_tiles == 1 ? 80 : 72) / (8 * output_tiles + 4 * row_tiles);
+  return row_tiles == 1 && output_tiles == 1 ? 6 : 3;
 }
 
 // The block's outputs begin at `first`. Sums over this warp's part of k; chunks of several warps lie side by side, so

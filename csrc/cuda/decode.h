@@ -51,8 +51,9 @@ inline int64_t blocks_of(const DecodeShape& shape, int64_t n) {
 inline DecodeShape choose_shape(int64_t m, int64_t n, int multiprocessors) {
   const int row_tiles = m <= 8 ? 1 : m <= 16 ? 2 : 4;
   if (row_tiles == 4 || blocks_of({row_tiles, 1, 15}, n) <= multiprocessors) return {row_tiles, 1, 15};
-  if (row_tiles == 2 && blocks_of({2, 2, 7}, n) >= 2 * multiprocessors) return {2, 2, 7};
-  return {row_tiles, 1, 7};
+  if (row_tiles == 1) return {1, 1, 7};
+  // Twice the outputs for as much of x, which comes from the second-level cache.
+  return blocks_of({2, 2, 15}, n) <= multiprocessors ? DecodeShape{2, 2, 15} : DecodeShape{2, 2, 7};
 }
 
 // Parts of k that the shrink of a page is cut into: some 512 elements each, unless there are many pages to share out.
@@ -69,7 +70,7 @@ inline int choose_units(int64_t m, int64_t list_length, int splits, int64_t bloc
 }
 
 // The instances that are compiled: (row tiles, output tiles, warps).
-#define DTS_FAST_DECODE_SHAPES(X) X(1, 1, 7) X(2, 1, 7) X(2, 2, 7) X(1, 1, 15) X(2, 1, 15) X(4, 1, 15)
+#define DTS_FAST_DECODE_SHAPES(X) X(1, 1, 7) X(1, 1, 15) X(2, 1, 15) X(2, 2, 7) X(2, 2, 15) X(4, 1, 15)
 
 // Launches on a stream of the current device; the error code of the launch, 0 for none (cudaError_t).
 int launch_decode(const DecodeProblem& problem, const DecodeShape& shape, bool bfloat16, CUstream_st* stream);

@@ -82,7 +82,7 @@ def default(m: int, n: int, k: int, dtype: torch.dtype, length: int, capability:
         block_n, block_k, stages = 64, 64, 3
     # A step takes all pages of an adapter where registers allow: its loads are waited for once.
     listed = 1 << max(length - 1, 0).bit_length()
-    pages = min(listed, 2 if wide else 16 if block_m <= 16 and block_n <= 32 else 8 if block_m <= 32 else 4)
+    pages = min(listed, 2 if wide else 16 if block_m * block_n <= 512 else 8 if block_m * block_n <= 1024 else 4)
     return Config(
         fused,
         block_m,

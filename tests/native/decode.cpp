@@ -217,12 +217,7 @@ void run_many(int count) {
 
 int main(int, char** arguments) {
   const int count = arguments[1] ? std::atoi(arguments[1]) : 6;
-  run_many<1, 1, 7>(count);
-  run_many<2, 1, 7>(count);
-  run_many<2, 2, 7>(count);
-  run_many<4, 1, 7>(count);
-  run_many<4, 2, 7>(count);
-  run_many<1, 1, 15>(count);
-  run_many<2, 1, 15>(count);
+#define RUN_MANY(rows, outputs, warps) run_many<rows, outputs, warps>(count);
+  DTS_FAST_DECODE_SHAPES(RUN_MANY)
   std::printf("no errors\n");
 }
