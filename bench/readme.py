@@ -1,4 +1,4 @@
-"""Fill the tables of README.md from committed results; with --check, fail where they differ.
+"""Fill the tables of README.md and docs/kernels.md from committed results; with --check, fail where they differ.
 
 python bench/readme.py [--check]
 """
@@ -11,6 +11,11 @@ import re
 import sys
 from pathlib import Path
 from statistics import geometric_mean
+
+import torch
+
+from dts_fast.benchmark import MODELS, Case, floor_seconds, rank_for_share
+from dts_fast.timing import Roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -188,26 +193,91 @@ def mixed() -> str:
     return "\n".join(out)
 
 
+# The vendor's datasheet: bytes and dense bfloat16 operations a second.
+_H200 = Roofline(4.8e12, {"bfloat16": 989e12})
+
+
+def floors() -> str:
+    """The least times on an H200, one adapter and one for each row."""
+    out = [
+        "| layer | rank | M | adapters | MB | GFLOP | floor, microseconds | over the bare linear's |",
+        "|---" * 8 + "|",
+    ]
+    for layer, (n, k) in MODELS["Llama-3.1-8B"].items():
+        rank = rank_for_share(n, k, 0.01)
+        for m, adapters in ((1, 1), (32, 1), (32, 32), (2048, 1)):
+            case = Case(n, k, m, torch.bfloat16, rank, adapters, "distinct" if adapters > 1 else "identical")
+            bare = Case(n, k, m, torch.bfloat16, rank, 1, "base")
+            seconds, mega, giga = floor_seconds(case, _H200), case.floor_bytes / 1e6, case.floor_operations / 1e9
+            out.append(
+                f"| {layer} | {rank} | {m} | {adapters} | {mega:.1f} | {giga:.1f} | "
+                f"{1e6 * seconds:.1f} | {seconds / floor_seconds(bare, _H200):.3f} |"
+            )
+    out += [
+        "",
+        "Linears of Llama-3.1-8B, bfloat16, adapters at 1 %; 4.8 TB/s and 989 TFLOP/s, by the H200's datasheet.",
+    ]
+    return "\n".join(out)
+
+
+def machine_code() -> str:
+    """Registers, memory and instructions of the kernels for one row and for a tile, on Hopper."""
+    head, rows = _read("machine_code.jsonl")
+    out = [
+        "| kernel | block | registers | shared | local | matrix instructions | instructions |",
+        "|---" * 7 + "|",
+    ]
+    for row in rows:
+        if row["capability"] != 90 or row["dtype"] != "bf16":
+            continue
+        if row["kernel"] == "decode_kernel":
+            tiles, outputs, warps = row["shape"]
+            block = f"{8 * tiles} rows, {16 * outputs} outputs, {warps} + 1 warps{'' if row['base'] else ', no base'}"
+        else:
+            c = row["config"]
+            block = f"{c['block_m']} x {c['block_n']} x {c['block_k']}, {c['pages']} pages, {c['warps']} warps"
+            if row["kernel"] == "shrink_kernel":
+                block = f"{c['block_m']} x {c['shrink_block_k']}, {c['shrink_pages']} pages, {c['splits']} splits"
+        name = "CUDA decode" if row["kernel"] == "decode_kernel" else f"Triton {row['kernel'].removesuffix('_kernel')}"
+        out.append(
+            f"| {name} | {block} | {row['registers']} | {row['shared']} | {row['local']} | {row['mma']} | "
+            f"{row['instructions']} |"
+        )
+    worst = max(row["local"] for row in rows)
+    targets = ", ".join(f"sm_{c}" for c in dict.fromkeys(row["capability"] for row in rows))
+    out += [
+        "",
+        f"sm_90, bfloat16. All of {targets} and every dtype, {len(rows)} kernels with at most {worst} bytes of local "
+        "memory, are in [bench/results/machine_code.jsonl](../bench/results/machine_code.jsonl) "
+        f"(triton {head['header']['triton']}, nvcc {head['header']['nvcc']}, commit {head['header']['commit']}).",
+    ]
+    return "\n".join(out)
+
+
 def _read(name: str) -> tuple[dict, list[dict]]:
     lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
     return json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
 
 
-BLOCKS = {"demo": demo, "fidelity": fidelity, "ablation": ablation, "ops": ops, "mixed": mixed}
+BLOCKS = {
+    "README.md": {"demo": demo, "fidelity": fidelity, "ablation": ablation, "ops": ops, "mixed": mixed},
+    "docs/kernels.md": {"floors": floors, "machine-code": machine_code},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    text = old = readme.read_text(encoding="utf-8")
-    for name, render in BLOCKS.items():
-        block = f"<!-- {name} -->\n{render()}\n<!-- /{name} -->"
-        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=block: b, text, flags=re.DOTALL)
-    if check and text != old:
-        sys.exit("README.md differs from the committed results; run python bench/readme.py")
-    readme.write_text(text, encoding="utf-8")
+    for name, blocks in BLOCKS.items():
+        page = ROOT / name
+        text = old = page.read_text(encoding="utf-8")
+        for block, render in blocks.items():
+            new = f"<!-- {block} -->\n{render()}\n<!-- /{block} -->"
+            text = re.sub(rf"<!-- {block} -->.*?<!-- /{block} -->", lambda _, new=new: new, text, flags=re.DOTALL)
+        if check and text != old:
+            sys.exit(f"{name} differs from the committed results; run python bench/readme.py")
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

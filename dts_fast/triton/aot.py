@@ -130,7 +130,8 @@ def _compile(kernel, dtype, config, constants, options, capability) -> Compiled:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in _ALIGNED}
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    usage, sass = _disassemble(compiled.asm["cubin"])
+    usage, code = disassemble(compiled.asm["cubin"])
+    sass = code[kernel.__name__]
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, sass, re.MULTILINE))
@@ -140,8 +141,7 @@ def _compile(kernel, dtype, config, constants, options, capability) -> Compiled:
         capability,
         element,
         config,
-        **usage,
-        shared=compiled.metadata.shared,
+        **usage[kernel.__name__] | {"shared": compiled.metadata.shared},
         mma=count(r"\b(?:HMMA|HGMMA|UTCHMMA)\b"),
         loads=count(r"\bLDG\b"),
         copies=count(r"\b(?:LDGSTS|UTMALDG)\b"),
@@ -150,18 +150,27 @@ def _compile(kernel, dtype, config, constants, options, capability) -> Compiled:
     )
 
 
-def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
-    """(registers and local bytes, machine code) of a cubin."""
+def disassemble(cubin: bytes) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """By kernel, what a cubin's kernels use (registers, shared and local bytes), and their machine code."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def run(tool: str, *arguments: str) -> str:
+        return subprocess.run([tools / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return {"registers": int(found["REG"]), "local": int(found["STACK"]) + int(found["LOCAL"])}, sass
+        usage, sass = run("cuobjdump", "-res-usage", file.name), run("nvdisasm", "-c", file.name)
+    used = {}
+    for name, text in re.findall(r"Function (\S+):\s*\n\s*(.*)", usage):
+        found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+        used[name] = {
+            "registers": found["REG"],
+            "local": found["STACK"] + found["LOCAL"],
+            "shared": found["SHARED"],
+        }
+    parts = re.split(r"^\s*\.section\s+\.text\.(\w+),.*$", sass, flags=re.MULTILINE)
+    return used, dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def main() -> None:
