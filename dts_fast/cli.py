@@ -151,6 +151,22 @@ def export_full(adapter, base_model, out_path, overwrite) -> None:
     click.echo(f"{out_path}: {changed} tensors personalised")
 
 
+@export.command("lora")
+@click.argument("adapter", metavar="D")
+@click.option("--base-model", required=True, metavar="B", help="The base the adapter belongs to.")
+@click.option("--out-path", required=True, metavar="O", help="Directory to write.")
+@click.option("--drop", is_flag=True, help="Leave out what PEFT cannot hold, instead of refusing.")
+@click.option("--overwrite", is_flag=True, help="Replace what stands at the target.")
+def export_lora(adapter, base_model, out_path, drop, overwrite) -> None:
+    """Write the adapter as a PEFT LoRA of equal rank."""
+    from .lora import export_lora as run
+
+    left_out = run(adapter, base_model, out_path, drop=drop, overwrite=overwrite)
+    for name in left_out:
+        click.echo(f"left out: {name}", err=True)
+    click.echo(f"{out_path}: a LoRA for PEFT")
+
+
 @main.command()
 @click.argument("models", nargs=-1, required=True, metavar="A B ...")
 @click.option("--out-path", required=True, metavar="O", help="Directory to write.")

@@ -20,6 +20,7 @@ from .decompose import singular_values
 from .fingerprint import take_fingerprint
 from .fit import checked, fit, fit_vector, relative_error
 from .journal import Journal
+from .lora import LoraCheckpoint, is_lora
 from .plan import Plan, assemble, choose_ranks, make_plan
 from .version import __version__
 
@@ -60,7 +61,8 @@ def compress(
     """Compress a fine-tune of a base model to an adapter directory.
 
     Args:
-        base_model, model: a ``.safetensors`` file, a directory (sharded or not), or a hub id.
+        base_model, model: a ``.safetensors`` file, a directory (sharded or not), or a hub id. ``model`` may also be
+            the directory of a PEFT LoRA of the base.
         out_path: the directory to write; it must not exist unless ``overwrite``.
         progress: called as ``progress(parameter, done, total)`` before each parameter.
 
@@ -71,7 +73,8 @@ def compress(
     config = config or DTSConfig()
     out_path = Path(out_path)
     check_target(out_path, overwrite=overwrite, marker=CONFIG_NAME)
-    base, fine_tune = Checkpoint.open(config.reference or base_model), Checkpoint.open(model)
+    base = Checkpoint.open(config.reference or base_model)
+    fine_tune = LoraCheckpoint.of(model, Checkpoint.open(base_model)) if is_lora(model) else Checkpoint.open(model)
     base_nbytes = base.nbytes if config.reference is None else Checkpoint.open(base_model).nbytes
     plan = make_plan(base, fine_tune, config)
     described = _describe(config, base, base_model, base_nbytes, fine_tune, plan.tied)

@@ -35,13 +35,14 @@ ALLOWED = {
     "plan": {"adapter_file", "card", "checkpoint", "codes", "config", "fingerprint", "rank"},
     "compress": {
         "adapter_file", "atomic", "characteristic", "checkpoint", "codes", "config", "decompose", "fingerprint", "fit",
-        "journal", "plan", "version",
+        "journal", "lora", "plan", "version",
     },
     "fuse": {
         "adapter_file", "atomic", "card", "characteristic", "errors", "fingerprint", "mixture", "version",
     },
     "dense": {"atomic", "checkpoint", "errors"},
     "export": {"adapter_file", "checkpoint", "dense", "errors", "fingerprint"},
+    "lora": {"adapter_file", "atomic", "checkpoint", "codes", "errors", "export"},
     "verify": {"adapter_file", "checkpoint", "codes", "errors", "export", "fit"},
     "reference": {"codes"},
     "packing": set(),
@@ -69,7 +70,7 @@ ALLOWED = {
     "demo": {"adapter_file", "compress", "config", "demo_lm", "errors", "hardware", "model"},
     "cli": {
         "benchmark", "characteristic", "compress", "config", "demo", "dense", "doctor", "errors", "export", "fuse",
-        "hardware", "timing", "verify", "version",
+        "hardware", "lora", "timing", "verify", "version",
     },
     "__init__": {
         "adapter_file", "characteristic", "codes", "compress", "config", "errors", "fit", "fuse", "model", "nn",
