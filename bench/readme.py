@@ -158,6 +158,37 @@ def ops() -> str:
     return "\n".join(out)
 
 
+def model() -> str:
+    """Tokens a second of a whole model that decodes, and the memory of many adapters."""
+    head, rows = _read("model.jsonl")
+    mine = [row for row in rows if row["question"] == "decode"]
+    memory = next(row for row in rows if row["question"] == "memory")
+    names = list(dict.fromkeys(row["candidate"] for row in mine))
+    out = [
+        "| tokens a second (over the base's) |" + "".join(f" {name} |" for name in names),
+        "|---" * (len(names) + 1) + "|",
+    ]
+    labels = {
+        "base": "no adapter used",
+        "identical": "one adapter",
+        "distinct": "an adapter for each row",
+    }
+    for composition, batch in dict.fromkeys((row["composition"], row["batch"]) for row in mine):
+        cells = []
+        for name in names:
+            at = [r for r in mine if (r["composition"], r["batch"], r["candidate"]) == (composition, batch, name)]
+            cells.append(f"{at[0]['tokens_per_s']:.1f} ({1 / at[0]['ratio']:.2f})" if at else "")
+        out.append(f"| {labels[composition]}, batch {batch} | " + " | ".join(cells) + " |")
+    out += [
+        "",
+        f"Qwen2.5-0.5B's shapes, bfloat16, adapters at 1 % on every linear layer of the blocks. {memory['adapters']} such "
+        f"adapters take {memory['resident_bytes'] / 2**20:.0f} MiB beside a base of {memory['base_bytes'] / 2**20:.0f} MiB: "
+        f"{memory['over_files']:.3f} x the bytes of their codes and scales. ({hardware(head['header'])}; "
+        "[bench/results/model.jsonl](bench/results/model.jsonl))",
+    ]
+    return "\n".join(out)
+
+
 def mixed() -> str:
     """32 rows that use several adapters, over the bare linear and over PEFT's mixed batch."""
     head, rows = _read("ops.jsonl")
@@ -260,7 +291,7 @@ def _read(name: str) -> tuple[dict, list[dict]]:
 
 
 BLOCKS = {
-    "README.md": {"demo": demo, "fidelity": fidelity, "ablation": ablation, "ops": ops, "mixed": mixed},
+    "README.md": {"demo": demo, "fidelity": fidelity, "ablation": ablation, "model": model, "ops": ops, "mixed": mixed},
     "docs/kernels.md": {"floors": floors, "machine-code": machine_code},
 }
 
