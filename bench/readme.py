@@ -181,9 +181,10 @@ def model() -> str:
         out.append(f"| {labels[composition]}, batch {batch} | " + " | ".join(cells) + " |")
     out += [
         "",
-        f"Qwen2.5-0.5B's shapes, bfloat16, adapters at 1 % on every linear layer of the blocks. {memory['adapters']} such "
-        f"adapters take {memory['resident_bytes'] / 2**20:.0f} MiB beside a base of {memory['base_bytes'] / 2**20:.0f} MiB: "
-        f"{memory['over_files']:.3f} x the bytes of their codes and scales. ({hardware(head['header'])}; "
+        "Qwen2.5-0.5B's shapes, bfloat16, adapters at 1 % on every linear layer of the blocks. "
+        f"{memory['adapters']} such adapters take {memory['resident_bytes'] / 2**20:.0f} MiB beside a base of "
+        f"{memory['base_bytes'] / 2**20:.0f} MiB: {memory['over_files']:.3f} x the bytes of their codes and scales. "
+        f"({hardware(head['header'])}; "
         "[bench/results/model.jsonl](bench/results/model.jsonl))",
     ]
     return "\n".join(out)
