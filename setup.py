@@ -69,6 +69,20 @@ def native_build() -> dict:
     if with_cuda and not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", TARGETS)
 
+    # at::parallel_for is inline and runs on threads only where OpenMP is on. The runtime is not linked: torch has
+    # loaded one (its own copy, in wheels), and a second one would bring threads of its own.
+    cxx = ["-O3", "-fvisibility=hidden", *openmp()]
+
+    def extension(cuda: bool):
+        sources = sorted(path for path in Path("csrc").rglob("*") if path.suffix in (".cpp", ".cu"))
+        return (CUDAExtension if cuda else CppExtension)(
+            "dts_fast._C",
+            [str(path) for path in sources if cuda or path.parent.name != "cuda"],
+            include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
+            define_macros=[("DTS_FAST_WITH_CUDA", None)] if cuda else [],
+            extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]} if cuda else cxx,
+        )
+
     class BuildOrFallBack(BuildExtension):
         def run(self) -> None:
             try:
@@ -76,26 +90,29 @@ def native_build() -> dict:
             except Exception as error:
                 if CHOICE != "auto":
                     raise
-                say(f"the native extension was NOT built: {error}")
-                say(
-                    "The package works without it, slower; DTS_FAST_BUILD=cpu makes this an error. See dts-fast doctor."
-                )
-                self.extensions = []
+                self.fall_back(error, with_cuda)
 
-    sources = sorted(path for path in Path("csrc").rglob("*") if path.suffix in (".cpp", ".cu"))
-    if not with_cuda:
-        sources = [path for path in sources if path.parent.name != "cuda"]
-    # at::parallel_for is inline and runs on threads only where OpenMP is on. The runtime is not linked: torch has
-    # loaded one (its own copy, in wheels), and a second one would bring threads of its own.
-    cxx = ["-O3", "-fvisibility=hidden", *openmp()]
-    extension = (CUDAExtension if with_cuda else CppExtension)(
-        "dts_fast._C",
-        [str(path) for path in sources],
-        include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
-        define_macros=[("DTS_FAST_WITH_CUDA", None)] if with_cuda else [],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]} if with_cuda else cxx,
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOrFallBack}}
+        def fall_back(self, error: Exception, without_cuda: bool) -> None:
+            """Do without the CUDA kernels, and then without any."""
+            if not without_cuda:
+                self.extensions = []
+                say(f"the native extension was NOT built: {error}")
+                say("The package works without it, slower; DTS_FAST_BUILD=cpu makes this an error: dts-fast doctor.")
+                return
+            say(f"the CUDA kernels were NOT built: {error}")
+            say("GPUs are served by Triton's kernels; DTS_FAST_BUILD=cuda makes this an error. See dts-fast doctor.")
+            self.distribution.ext_modules = [extension(False)]
+            again = type(self)(self.distribution)
+            for option in ("inplace", "editable_mode", "build_lib", "build_temp", "force", "debug"):
+                setattr(again, option, getattr(self, option))
+            again.ensure_finalized()
+            try:
+                BuildExtension.run(again)
+                self.extensions = again.extensions
+            except Exception as second:
+                self.fall_back(second, False)
+
+    return {"ext_modules": [extension(with_cuda)], "cmdclass": {"build_ext": BuildOrFallBack}}
 
 
 setup(**native_build())

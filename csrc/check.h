@@ -71,6 +71,7 @@ inline void check_bias(const at::Tensor& x, const std::optional<at::Tensor>& bia
   if (!bias) return;
   expect(bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == x.scalar_type(), "bias",
          "[" + std::to_string(n) + "] " + dtype_text(x.scalar_type()), *bias);
+  expect(bias->device() == x.device(), "bias", "device " + x.device().str() + " like x", *bias);
 }
 
 inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
@@ -100,6 +101,7 @@ inline void check_add_delta(const at::Tensor& y, const at::Tensor& x) {
   expect(y.dim() == 2 && y.size(0) == x.size(0), "y",
          "[" + std::to_string(x.size(0)) + ", N] for x " + shape_text(x.sizes()), y);
   expect(y.scalar_type() == x.scalar_type(), "y", "dtype of x, " + dtype_text(x.scalar_type()), y);
+  expect(y.device() == x.device(), "y", "device " + x.device().str() + " like x", y);
 }
 
 }  // namespace dts_fast

@@ -116,8 +116,13 @@ def _check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids) ->
     n, k = weight.shape
     _expect(x.dim() == 2 and x.shape[1] == k, "x", f"[M, {k}] for weight {list(weight.shape)}", x)
     if bias is not None:
-        _expect(bias.shape == (n,) and bias.dtype == x.dtype, "bias", f"[{n}] {x.dtype}", bias)
+        _check_bias(bias, n, x)
     _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids)
+
+
+def _check_bias(bias, n, x) -> None:
+    _expect(bias.shape == (n,) and bias.dtype == x.dtype, "bias", f"[{n}] {x.dtype}", bias)
+    _expect(bias.device == x.device, "bias", f"device {x.device} like x", bias)
 
 
 def _check_packed_linear(x, weight, bias, out_features, pages, slot_pages, slot_weights, slot_ids) -> None:
@@ -131,7 +136,7 @@ def _check_packed_linear(x, weight, bias, out_features, pages, slot_pages, slot_
         weight,
     )
     if bias is not None:
-        _expect(bias.shape == (n,) and bias.dtype == x.dtype, "bias", f"[{n}] {x.dtype}", bias)
+        _check_bias(bias, n, x)
     _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids)
 
 
@@ -139,6 +144,7 @@ def _check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, transpose)
     _expect(x.dim() == 2, "x", "[M, K]", x)
     _expect(y.dim() == 2 and y.shape[0] == x.shape[0], "y", f"[{x.shape[0]}, N] for x {list(x.shape)}", y)
     _expect(y.dtype == x.dtype, "y", f"dtype of x, {x.dtype}", y)
+    _expect(y.device == x.device, "y", f"device {x.device} like x", y)
     n, k = (x.shape[1], y.shape[1]) if transpose else (y.shape[1], x.shape[1])
     _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids)
 
