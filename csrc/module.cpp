@@ -5,6 +5,9 @@
 #include <torch/version.h>
 
 #include "cpu/isa.h"
+#if defined(DTS_FAST_WITH_CUDA)
+#include "cuda/decode.h"
+#endif
 
 namespace py = pybind11;
 
@@ -31,6 +34,16 @@ py::dict build_info() {
   return out;
 }
 
+// Why the CUDA kernels do not run on the current device; None where they do.
+py::object why_not_cuda() {
+#if defined(DTS_FAST_WITH_CUDA)
+  const int error = dts_fast::cuda::decode_runs();
+  return error ? py::object(py::str(dts_fast::cuda::error_text(error))) : py::none();
+#else
+  return py::str("the extension was built without CUDA");
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -40,5 +53,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &dts_fast::cpu::available_isas, "Instruction sets with kernels that can run here, the best last.");
   m.def("cpu_isa", [] { return std::string(dts_fast::cpu::kernels().name); }, "The instruction set in use.");
   m.def("_set_cpu_isa", &dts_fast::cpu::set_isa, "Use the kernels of another instruction set; for tests.");
+  m.def("why_not_cuda", &why_not_cuda, "Why the CUDA kernels do not run on the current device; None where they do.");
   m.def("build_info", &build_info, "What the extension was built with: torch, compiler, C++ standard, CUDA.");
 }

@@ -1,7 +1,7 @@
 """Which kernels serve a call on a GPU: CUDA C++ for few rows, Triton's for the rest, plain torch where neither runs.
 
-`_decodes` decides; none of its numbers has been measured yet. DTS_FAST_GPU=cuda, triton or plain overrides it for what
-the named kernels can do.
+`_decodes` decides; none of its numbers has been measured yet. DTS_FAST_GPU=triton or plain leaves the
+better ones out.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from . import native, reference
 
-_MOST_DECODE_ROWS = 32  # csrc/cuda/decode.h
-_FEW_ROWS = 16  # up to which the decode kernel's own way through the weights is preferred
+_DECODE_ROWS = 16  # csrc/cuda/decode.h
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *bank: Tensor) -> Tensor:
@@ -38,11 +37,11 @@ def add_delta_(y: Tensor, x: Tensor, *bank: Tensor, transpose: bool = False) -> 
 
 def _decodes(x: Tensor, weight: Tensor | None, bank: tuple[Tensor, ...]) -> bool:
     """Whether the decode kernel is to be used, and can."""
-    asked = os.environ.get("DTS_FAST_GPU")
-    most = _MOST_DECODE_ROWS if asked == "cuda" else 0 if asked in ("triton", "plain") else _FEW_ROWS
     return (
-        0 < x.shape[0] <= most
-        and why_not_cuda() is None
+        0 < x.shape[0] <= _DECODE_ROWS
+        and os.environ.get("DTS_FAST_GPU") not in ("triton", "plain")
+        and x.shape[1] > 0
+        and why_not_cuda(x.device) is None
         and x.dtype in (torch.bfloat16, torch.float16)
         and _whole_vectors(x)
         and (weight is None or _whole_vectors(weight))
@@ -63,18 +62,22 @@ def _others() -> ModuleType:
     return triton
 
 
-@cache
-def why_not_cuda() -> str | None:
-    """Why the CUDA C++ kernels are not used on a GPU; None where they are."""
+def why_not_cuda(device: torch.device | None = None) -> str | None:
+    """Why the CUDA C++ kernels are not used on a GPU (the current one if None); None where they are."""
     if not torch.cuda.is_available():
         return "no CUDA device here"
+    index = None if device is None else device.index
+    return _why_not_cuda(torch.cuda.current_device() if index is None else index)
+
+
+@cache
+def _why_not_cuda(index: int) -> str | None:
     if native.MODULE is None:
         return f"the extension is {native.REASON}"
-    if not native.MODULE.build_info()["cuda"]:
-        return "the extension was built without CUDA"
-    if torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.get_device_capability(index) < (8, 0):
         return "this GPU has no bfloat16 matrix units"
-    return None
+    with torch.cuda.device(index):
+        return native.MODULE.why_not_cuda()
 
 
 @cache

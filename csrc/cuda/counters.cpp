@@ -57,14 +57,16 @@ class Slab {
 uint32_t* counters(cudaStream_t stream, int64_t count) {
   static std::mutex mutex;
   static std::map<int, Slab> slabs;
-  static std::map<std::pair<int, cudaStream_t>, Span> of_stream;
+  static std::map<std::pair<int, unsigned long long>, Span> of_stream;  // by id: handles are used again
   int device = 0;
   check(cudaGetDevice(&device));
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &status));
   const std::lock_guard<std::mutex> lock(mutex);
   if (status != cudaStreamCaptureStatusNone) return slabs[device].take(count);
-  Span& span = of_stream[{device, stream}];
+  unsigned long long id = 0;
+  check(cudaStreamGetId(stream, &id));
+  Span& span = of_stream[{device, id}];
   if (span.count < count) {
     count = std::max<int64_t>(count, 2 * span.count);
     span = {slabs[device].take(count), count};

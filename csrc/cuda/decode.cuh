@@ -2,16 +2,17 @@
 //
 // Decoding is bound by the bytes of W, and a second launch would cost as much as the delta. So every block streams the
 // weights of a few outputs, its warps each a part of K, straight into the registers of matrix instructions (W is read
-// once, so shared memory would only be a detour); the shrink is done meanwhile by one more warp of each block; and when
-// a block's weights are through, h has long been published, and the expand is further steps on the same accumulators.
+// once, so shared memory would only be a detour). Beside them one more warp finds the batch's distinct slots, shrinks,
+// fetches the block's part of U, and waits for h; the expand is then further steps on the accumulators of the base.
 //
 // How blocks agree, without a deadlock whatever the grid, the occupancy, and the order in which blocks run: the shrink
-// is cut into claims, and a block takes claims until none is left. Only then does it wait for those that others hold,
-// and who holds one is running and waits for nothing. Counters return to 0 by themselves: each is incremented the same
-// number of times in every launch, and wraps around there (every block asks once in vain, and says once that it has
-// seen the end).
+// is cut into claims (a page, a part of K), and a block takes claims until none is left. Only then does it wait for
+// those that others hold, and who holds one is running and waits for nothing. Nobody resets anything before a launch:
+// kDone is incremented once for every claim and once by every block that has seen the end, and wraps around to 0 there;
+// whoever wraps it around sets kClaimed to 0, which no one uses any more.
 //
-// Sums do not depend on timing: partial results are added up in the order of k, by whoever comes last.
+// Sums do not depend on timing: partial results are added up in the order of k, by whoever comes last. Nor on the other
+// rows: a page is added by a warp that its slot and its place in the list choose.
 #pragma once
 
 #include "decode.h"
@@ -22,13 +23,31 @@
 
 namespace dts_fast::cuda {
 
+// A block's shared memory.
+template <int kRowTiles, int kOutputTiles, int kWarps>
+struct Shared {
+  static constexpr int kOutputs = 16 * kOutputTiles;
+  static constexpr int kStaged = 32;  // pages whose part of U is fetched before h is there
+  float parts[kWarps][8 * kRowTiles][kOutputs + 4];
+  uint32_t words[kStaged][kOutputs];
+  Table tables[kStaged];
+  // By row; where a row is the first with its slot: its pages are number `begin` .. `begin + count` of the batch's.
+  int slot[32], begin[32], count[32];
+  uint32_t same[32];  // rows with its slot
+  int pages;          // of all distinct slots
+  int exhausted;      // whether all claims have been taken
+};
+
+// The block's barriers: all of it, and what is known about the batch.
+constexpr int kKnown = 1;
+
 // Four levels over the largest, which goes into h: float16 holds them whatever their size. Returns that largest.
 template <class T>
 __device__ __forceinline__ float load_table(const uint32_t* page, int levels, Table& table) {
   const float4 v = __ldg(reinterpret_cast<const float4*>(page + levels));
   const float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-  const float scale = largest > 0.0f ? largest : 1.0f;
-  table = {pack<T>(v.x / scale, v.y / scale), pack<T>(v.z / scale, v.w / scale)};
+  const float scale = largest > 0.0f ? largest : 1.0f, inverse = 1.0f / scale;
+  table = {pack<T>(v.x * inverse, v.y * inverse), pack<T>(v.z * inverse, v.w * inverse)};
   return scale;
 }
 
@@ -37,68 +56,69 @@ template <class T, int kRowTiles>
 __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32_t* page, const Table& table,
                                             const bool (&mine)[kRowTiles], int begin, int end,
                                             float (&sums)[kRowTiles][4]) {
-  constexpr int kAhead = kRowTiles > 1 ? 2 : 4;  // chunks whose loads are under way together
+  // Codes come from memory: as many as registers hold are on their way at once, for one tile of rows a whole split's. x
+  // comes from a cache, in smaller parts.
+  constexpr int kCodes = kSplit / kChunk / kRowTiles, kInputs = 4 / kRowTiles;
   const int lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
   const int tiles = (p.k + kTileWords - 1) / kTileWords;
   const T* const x = static_cast<const T*>(p.x);
-  for (int c = begin; c < end; c += kAhead) {
-    uint32_t words[kAhead][2] = {};
-    uint4 xs[kAhead][kRowTiles] = {};
+  for (int first = begin; first < end; first += kCodes) {
+    uint32_t words[kCodes][2] = {};
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int k = (c + i) * kChunk + 8 * t;
-      if (c + i < end && 2 * (c + i) + (t >> 1) < tiles) {
-        words[i][0] = __ldg(page + shrink_word(c + i, t, g));
-        words[i][1] = __ldg(page + shrink_word(c + i, t, g + 8));
-      }
-#pragma unroll
-      for (int j = 0; j < kRowTiles; ++j) {
-        if (c + i < end && k < p.k && mine[j]) {
-          xs[i][j] = __ldg(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k));
-        }
+    for (int i = 0; i < kCodes; ++i) {
+      if (first + i < end && 2 * (first + i) + (t >> 1) < tiles) {
+        words[i][0] = __ldg(page + shrink_word(first + i, t, g));
+        words[i][1] = __ldg(page + shrink_word(first + i, t, g + 8));
       }
     }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int part = 0; part < kCodes; part += kInputs) {
+      uint4 xs[kInputs][kRowTiles] = {};
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const Pairs top = decode(table, shrink_codes(words[i][0], t, step));
-        const Pairs bottom = decode(table, shrink_codes(words[i][1], t, step));
+      for (int i = 0; i < kInputs; ++i) {
+        const int chunk = first + part + i, k = chunk * kChunk + 8 * t;
 #pragma unroll
         for (int j = 0; j < kRowTiles; ++j) {
-          mma<T>(sums[j], top.first, bottom.first, top.second, bottom.second, step ? xs[i][j].z : xs[i][j].x,
-                 step ? xs[i][j].w : xs[i][j].y);
+          if (chunk < end && k < p.k && mine[j]) {
+            xs[i][j] = __ldg(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k));
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kInputs; ++i) {
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          const Pairs top = decode(table, shrink_codes(words[part + i][0], t, step));
+          const Pairs bottom = decode(table, shrink_codes(words[part + i][1], t, step));
+#pragma unroll
+          for (int j = 0; j < kRowTiles; ++j) {
+            mma<T>(sums[j], top.first, bottom.first, top.second, bottom.second, step ? xs[i][j].z : xs[i][j].x,
+                   step ? xs[i][j].w : xs[i][j].y);
+          }
         }
       }
     }
   }
 }
 
-// One unit of the shrink, by one warp: a page of the slot of row `first`, and one split of k.
+// One split of one page of the slot of row `first`, by one warp.
 template <class T, int kRowTiles>
-__device__ void shrink_unit(const DecodeProblem& p, int first, int place_in_list, int split) {
+__device__ __forceinline__ void shrink_split(const DecodeProblem& p, int slot, uint32_t same, int first,
+                                             int place_in_list, int split) {
   const int lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
-  const int slot = __ldg(p.slot_ids + first);
-  if (slot < 0) return;
-  // The first of the rows with this slot stands for all.
-  const int own = lane < p.m ? __ldg(p.slot_ids + lane) : -1;
-  const uint32_t same = __ballot_sync(0xffffffff, own == slot);
-  if (__ffs(same) - 1 != first) return;
   const int64_t entry = static_cast<int64_t>(slot) * p.list_length + place_in_list;
-  const int index = __ldg(p.slot_pages + entry);
-  if (index < 0) return;
-  const uint32_t* const page = p.pages + index * p.page_words;
+  const uint32_t* const page = p.pages + __ldg(p.slot_pages + entry) * p.page_words;
+  const float* const s = reinterpret_cast<const float*>(page + kScales);
+  const float weight = __ldg(p.slot_weights + entry), s0 = __ldg(s + g), s1 = __ldg(s + g + 8);
   bool mine[kRowTiles];
 #pragma unroll
   for (int j = 0; j < kRowTiles; ++j) mine[j] = same >> (8 * j + g) & 1;
   Table v, u;
-  float scale = __ldg(p.slot_weights + entry) * load_table<T>(page, kVLevels, v);
-  scale *= load_table<T>(page, kULevels, u);
+  const float scale = weight * load_table<T>(page, kULevels, u) * load_table<T>(page, kVLevels, v);
   const int chunks = (p.k + kChunk - 1) / kChunk, span = (chunks + p.splits - 1) / p.splits;
   float sums[kRowTiles][4] = {};
   shrink_page<T, kRowTiles>(p, page, v, mine, split * span, min((split + 1) * span, chunks), sums);
-  const float* const s = reinterpret_cast<const float*>(page + kScales);
-  const float scales[2] = {scale * __ldg(s + g), scale * __ldg(s + g + 8)};
+  const float scales[2] = {scale * s0, scale * s1};
   const int64_t width = static_cast<int64_t>(kRanks) * p.list_length;
   T* const h = static_cast<T*>(p.h);
 #pragma unroll
@@ -117,14 +137,14 @@ __device__ void shrink_unit(const DecodeProblem& p, int first, int place_in_list
     }
   }
   if (p.splits == 1) return;
-  // Whoever comes last adds up all splits, in their order.
-  __threadfence();
+  // Whoever comes last adds up all splits, in their order. What the warp has stored is released with lane 0's count,
+  // and what others have is acquired with it.
   __syncwarp();
   uint32_t arrived = 0;
   if (lane == 0)
     arrived = fetch_increment(p.counters + kArrivals + first * p.list_length + place_in_list, p.splits - 1);
   if (__shfl_sync(0xffffffff, arrived, 0) != static_cast<uint32_t>(p.splits - 1)) return;
-  __threadfence();
+  __syncwarp();
   for (int row = lane >> 4; row < p.m; row += 2) {
     if (!(same >> row & 1)) continue;
     const int64_t column = place_in_list * kRanks + (lane & 15);
@@ -136,43 +156,104 @@ __device__ void shrink_unit(const DecodeProblem& p, int first, int place_in_list
   }
 }
 
-// The warp beside those that stream weights: shrinks what no one else has claimed, and returns when h is complete.
-template <class T, int kRowTiles>
-__device__ void shrink_and_wait(const DecodeProblem& p, int blocks) {
+// Shrinks what no one else has claimed, by one warp, until nothing is left.
+template <class T, int kRowTiles, class S>
+__device__ __forceinline__ void shrink_claims(const DecodeProblem& p, int blocks, S& shared) {
   const int lane = threadIdx.x & 31;
-  const int units = p.m * p.list_length * p.splits;
-  const int claims = (units + p.units_of_claim - 1) / p.units_of_claim;
-  const uint32_t bound = claims + blocks - 1;
+  const int begin = shared.begin[lane], count = shared.count[lane];
+  const uint32_t claims = shared.pages * p.splits;
   while (true) {
     uint32_t claim = 0;
-    if (lane == 0) claim = fetch_increment(p.counters + kClaimed, bound);
+    if (lane == 0) claim = fetch_add(p.counters + kClaimed);
     claim = __shfl_sync(0xffffffff, claim, 0);
-    if (claim >= static_cast<uint32_t>(claims)) break;
-    const int begin = claim * p.units_of_claim, end = min(begin + p.units_of_claim, units);
+    if (claim >= claims) break;
     // Neighbours are the splits of one page, which so end at about the same time.
-    for (int unit = begin; unit < end; ++unit) {
-      const int page = unit / p.splits;
-      shrink_unit<T, kRowTiles>(p, page / p.list_length, page % p.list_length, unit % p.splits);
-    }
-    __threadfence();
+    const int number = static_cast<int>(claim) / p.splits, split = static_cast<int>(claim) % p.splits;
+    const int first = __ffs(__ballot_sync(0xffffffff, number >= begin && number < begin + count)) - 1;
+    shrink_split<T, kRowTiles>(p, shared.slot[first], shared.same[first], first, number - shared.begin[first], split);
     __syncwarp();
-    if (lane == 0) increment_release(p.counters + kDone, bound);
+    if (lane == 0) increment_release(p.counters + kDone, claims + blocks - 1);
   }
-  if (lane == 0) {
-    while (load_acquire(p.counters + kDone) < static_cast<uint32_t>(claims)) __nanosleep(64);
-    increment_release(p.counters + kDone, bound);
+}
+
+// What the batch consists of: the first row of each distinct slot, and its pages. By one warp, the same in all blocks.
+template <class S>
+__device__ __forceinline__ void know_batch(const DecodeProblem& p, S& shared) {
+  constexpr int kAtOnce = 8;
+  const int lane = threadIdx.x & 31;
+  const int slot = lane < p.m ? __ldg(p.slot_ids + lane) : -1;
+  const uint32_t same = __match_any_sync(0xffffffff, slot);
+  int count = 0;
+  if (slot >= 0 && __ffs(same) - 1 == lane) {
+    const int32_t* const list = p.slot_pages + static_cast<int64_t>(slot) * p.list_length;
+    bool more = true;
+    for (int l = 0; more && l < p.list_length; l += kAtOnce) {
+      int index[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) index[i] = l + i < p.list_length ? __ldg(list + l + i) : -1;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        more = more && index[i] >= 0;
+        count += more;
+      }
+    }
+  }
+  int end = count;  // of this row's pages, the others' before them
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int before = __shfl_sync(0xffffffff, end, max(lane - distance, 0));
+    if (lane >= distance) end += before;
+  }
+  shared.slot[lane] = slot;
+  shared.same[lane] = same;
+  shared.begin[lane] = end - count;
+  shared.count[lane] = count;
+  if (lane == 31) {
+    shared.pages = end;
+    shared.exhausted = 0;
   }
   __syncwarp();
 }
 
+// The block's words of U, and its tables, for the first of the batch's pages: from memory before h is there.
+template <class T, int kOutputTiles, class S>
+__device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, S& shared) {
+  constexpr int kAtOnce = 4, kOutputs = 16 * kOutputTiles;
+  const int lane = threadIdx.x & 31;
+  const int begin = shared.begin[lane], count = shared.count[lane];
+  const int staged = min(shared.pages, S::kStaged), output = first + lane;
+  for (int q = 0; q < staged; q += kAtOnce) {
+    const uint32_t* page[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int number = min(q + i, staged - 1);
+      const int row = __ffs(__ballot_sync(0xffffffff, number >= begin && number < begin + count)) - 1;
+      const int64_t entry = static_cast<int64_t>(shared.slot[row]) * p.list_length + number - shared.begin[row];
+      page[i] = p.pages + __ldg(p.slot_pages + entry) * p.page_words;
+    }
+    uint32_t words[kAtOnce];
+    Table tables[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      words[i] = lane < kOutputs && output < p.n ? __ldg(page[i] + p.u_tiles + output) : 0;
+      load_table<T>(page[i], kULevels, tables[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (q + i >= staged) continue;
+      if (lane < kOutputs) shared.words[q + i][lane] = words[i];
+      if (lane == 0) shared.tables[q + i] = tables[i];
+    }
+  }
+}
+
 // Chunks of k whose loads a thread has under way together: as many as its registers hold where 16 warps share a
-// multiprocessor, which then keep some 64 to 96 KiB of weights on their way.
+// multiprocessor, which then keep some 48 to 96 KiB of weights on their way.
 DTS_FAST_BOTH constexpr int ahead(int row_tiles, int output_tiles) {
   return row_tiles == 1 && output_tiles == 1 ? 6 : 3;
 }
 
-// The block's outputs begin at `first`. Sums over this warp's part of k; chunks of several warps lie side by side, so
-// that together they read long pieces of each row.
+// The block's outputs begin at `first`. Sums over this warp's part of k, an even share.
 template <class T, int kRowTiles, int kOutputTiles, int kWarps>
 __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first,
                                           float (&sums)[kOutputTiles][kRowTiles][4]) {
@@ -190,24 +271,31 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first,
       rows[o][half] = static_cast<const T*>(p.weight) + output * p.weight_stride + 8 * t;
     }
   }
-  for (int at = warp * kAhead * kChunk; at < p.k; at += kWarps * kAhead * kChunk) {
-    uint4 w[kAhead][kOutputTiles][2] = {}, xs[kAhead][kRowTiles] = {};
+  const int chunks = (p.k + kChunk - 1) / kChunk;
+  const int begin = static_cast<int>(static_cast<int64_t>(chunks) * warp / kWarps);
+  const int end = static_cast<int>(static_cast<int64_t>(chunks) * (warp + 1) / kWarps);
+  uint4 w[kAhead][kOutputTiles][2] = {}, xs[kAhead][kRowTiles] = {};
+  const auto load = [&](int i, int chunk) {
+    const int k = chunk * kChunk;
+    const bool inside = chunk < end && k + 8 * t < p.k;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int k = at + i * kChunk;
-      if (k + 8 * t >= p.k) continue;
+    for (int o = 0; o < kOutputTiles; ++o) {
 #pragma unroll
-      for (int o = 0; o < kOutputTiles; ++o) {
-        w[i][o][0] = load_once(rows[o][0] + k, policy);
-        w[i][o][1] = load_once(rows[o][1] + k, policy);
-      }
-#pragma unroll
-      for (int j = 0; j < kRowTiles; ++j) {
-        if (8 * j + g < p.m) xs[i][j] = __ldg(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k));
-      }
+      for (int half = 0; half < 2; ++half) w[i][o][half] = inside ? load_once(rows[o][half] + k, policy) : uint4{};
     }
 #pragma unroll
+    for (int j = 0; j < kRowTiles; ++j) {
+      xs[i][j] =
+          inside && 8 * j + g < p.m ? __ldg(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k)) : uint4{};
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) load(i, begin + i);
+  // A chunk's registers are filled again as soon as it has been multiplied, so that loads never pause.
+  for (int at = begin; at < end; at += kAhead) {
+#pragma unroll
     for (int i = 0; i < kAhead; ++i) {
+      if (at + i >= end) continue;
 #pragma unroll
       for (int j = 0; j < kRowTiles; ++j) {
 #pragma unroll
@@ -217,35 +305,23 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first,
           mma<T>(sums[o][j], top.z, bottom.z, top.w, bottom.w, xs[i][j].z, xs[i][j].w);
         }
       }
+      load(i, at + i + kAhead);
     }
   }
 }
 
-// Adds h U^T for the block's outputs: every distinct slot's pages once, dealt out to the warps.
-template <class T, int kRowTiles, int kOutputTiles, int kWarps>
-__device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first,
+// Adds h U^T for the block's outputs: every distinct slot's pages once, dealt out to the warps by slot and place, so
+// that a row's sums are added in the same order whatever the other rows use.
+template <class T, int kRowTiles, int kOutputTiles, int kWarps, class S>
+__device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, const S& shared,
                                             float (&sums)[kOutputTiles][kRowTiles][4]) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
-  const int own = lane < p.m ? __ldg(p.slot_ids + lane) : -1;
   const int64_t width = static_cast<int64_t>(kRanks) * p.list_length;
-  uint32_t left = __ballot_sync(0xffffffff, own >= 0);
-  for (int turn = 0; left; ++turn) {
-    const int slot = __shfl_sync(0xffffffff, own, __ffs(left) - 1);
-    const uint32_t same = __ballot_sync(0xffffffff, own == slot);
-    left &= ~same;
-    for (int l = (warp + turn) % kWarps; l < p.list_length; l += kWarps) {
-      const int index = __ldg(p.slot_pages + static_cast<int64_t>(slot) * p.list_length + l);
-      if (index < 0) continue;
-      const uint32_t* const page = p.pages + index * p.page_words;
-      uint32_t words[kOutputTiles][2];
-#pragma unroll
-      for (int o = 0; o < kOutputTiles; ++o) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int output = first + 16 * o + 8 * half + g;
-          words[o][half] = output < p.n ? __ldg(page + p.u_tiles + output) : 0;
-        }
-      }
+  uint32_t left = __ballot_sync(0xffffffff, shared.count[lane] > 0);
+  for (; left; left &= left - 1) {
+    const int row = __ffs(left) - 1, slot = shared.slot[row], count = shared.count[row];
+    const uint32_t same = shared.same[row];
+    for (int l = (warp + kWarps - slot % kWarps) % kWarps; l < count; l += kWarps) {
       uint2 hs[kRowTiles] = {};
 #pragma unroll
       for (int j = 0; j < kRowTiles; ++j) {
@@ -254,12 +330,27 @@ __device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first,
           hs[j] = __ldcg(reinterpret_cast<const uint2*>(h));  // written in this launch: not from this level's cache
         }
       }
+      const int number = shared.begin[row] + l;
+      const bool staged = number < S::kStaged;
       Table table;
-      load_table<T>(page, kULevels, table);
+      const uint32_t* page = nullptr;
+      if (staged) {
+        table = shared.tables[number];
+      } else {
+        page = p.pages + __ldg(p.slot_pages + static_cast<int64_t>(slot) * p.list_length + l) * p.page_words;
+        load_table<T>(page, kULevels, table);
+      }
 #pragma unroll
       for (int o = 0; o < kOutputTiles; ++o) {
-        const Pairs top = decode(table, expand_codes(words[o][0], t));
-        const Pairs bottom = decode(table, expand_codes(words[o][1], t));
+        uint32_t words[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int output = 16 * o + 8 * half + g;
+          words[half] = staged                 ? shared.words[number][output]
+                        : first + output < p.n ? __ldg(page + p.u_tiles + first + output)
+                                               : 0;
+        }
+        const Pairs top = decode(table, expand_codes(words[0], t)), bottom = decode(table, expand_codes(words[1], t));
 #pragma unroll
         for (int j = 0; j < kRowTiles; ++j) {
           mma<T>(sums[o][j], top.first, bottom.first, top.second, bottom.second, hs[j].x, hs[j].y);
@@ -269,50 +360,64 @@ __device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first,
   }
 }
 
-// What one block does; `parts` is its shared memory. Grid: blocks of 16 kOutputTiles outputs. Threads: kWarps warps on
-// the base, and one on the shrink: 8 or 16 together, so that each quarter of a multiprocessor has four, with 128
-// registers a thread. Rows: m <= 8 kRowTiles <= 32. x, weight and h are of type T, with rows of whole 16 bytes.
+// What one block does. Grid: blocks of 16 kOutputTiles outputs. Threads: kWarps warps on the base, and one beside them:
+// 8 or 16 together, so that each quarter of a multiprocessor has four, with 128 registers a thread. Rows: m <= 8
+// kRowTiles
+// <= 32. x, weight and h are of type T, with rows of whole 16 bytes.
 template <class T, int kRowTiles, int kOutputTiles, int kWarps, bool kBase>
-__device__ __forceinline__ void decode_block(const DecodeProblem& p,
-                                             float (&parts)[kWarps][8 * kRowTiles][16 * kOutputTiles + 1]) {
-  constexpr int kOutputs = 16 * kOutputTiles;
+__device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRowTiles, kOutputTiles, kWarps>& shared) {
+  constexpr int kOutputs = 16 * kOutputTiles, kThreads = 32 * (kWarps + 1);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
-  const int first = blockIdx.x * kOutputs;
-  // All blocks see the same slots, so that all or none take part in the counting.
-  const bool adapted = __ballot_sync(0xffffffff, lane < p.m && __ldg(p.slot_ids + min(lane, p.m - 1)) >= 0) != 0;
+  const int first = blockIdx.x * kOutputs, blocks = gridDim.x;
   float sums[kOutputTiles][kRowTiles][4] = {};
   if (warp == kWarps) {
-    if (adapted) shrink_and_wait<T, kRowTiles>(p, gridDim.x);
-  } else if constexpr (kBase) {
-    base_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, sums);
+    know_batch(p, shared);
+    arrive<kKnown>(kThreads);
+    if (shared.pages) {
+      shrink_claims<T, kRowTiles>(p, blocks, shared);
+      if (lane == 0) shared.exhausted = 1;
+      stage_expand<T, kOutputTiles>(p, first, shared);
+      const uint32_t claims = shared.pages * p.splits;
+      if (lane == 0) wait_for(p.counters + kDone, claims);
+    }
+  } else {
+    if constexpr (kBase) base_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, sums);
+    meet<kKnown>(kThreads);
+    // Where rows differ there may be more to shrink than one warp of each block has done by now.
+    const int exhausted = lane == 0 ? load_volatile(&shared.exhausted) : 0;
+    if (shared.pages && !__shfl_sync(0xffffffff, exhausted, 0)) shrink_claims<T, kRowTiles>(p, blocks, shared);
   }
   __syncthreads();
   if (warp < kWarps) {
-    if (adapted) expand_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, sums);
+    expand_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, shared, sums);
 #pragma unroll
     for (int o = 0; o < kOutputTiles; ++o) {
 #pragma unroll
       for (int j = 0; j < kRowTiles; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          parts[warp][8 * j + 2 * t + (i & 1)][16 * o + g + 8 * (i >> 1)] = sums[o][j][i];
+          shared.parts[warp][8 * j + 2 * t + (i & 1)][16 * o + g + 8 * (i >> 1)] = sums[o][j][i];
         }
       }
     }
+  } else if (shared.pages && lane == 0) {
+    // Seen. All claims of this block were taken before the barrier above, and the last block to say so finds all taken.
+    const uint32_t bound = shared.pages * p.splits + blocks - 1;
+    if (fetch_increment(p.counters + kDone, bound) == bound) p.counters[kClaimed] = 0;
   }
   __syncthreads();
   T* const y = static_cast<T*>(p.y);
-  for (int i = threadIdx.x; i < p.m * kOutputs; i += blockDim.x) {
+  for (int i = threadIdx.x; i < p.m * kOutputs; i += kThreads) {
     const int row = i / kOutputs, output = i % kOutputs;
     if (first + output >= p.n) continue;
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += parts[w][row][output];
+    for (int w = 0; w < kWarps; ++w) sum += shared.parts[w][row][output];
     T* const place_in_y = y + row * p.y_stride + first + output;
     if constexpr (kBase) {
       if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[first + output]);
     } else {
-      if (__ldg(p.slot_ids + row) < 0) continue;
+      if (shared.slot[row] < 0) continue;
       sum += to_float(*place_in_y);
     }
     *place_in_y = from_float<T>(sum);
@@ -321,10 +426,13 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
 
 #if defined(__CUDACC__)
 template <class T, int kRowTiles, int kOutputTiles, int kWarps, bool kBase>
-__global__ void __launch_bounds__(32 * (kWarps + 1), kWarps < 8 && kRowTiles < 4 ? 2 : 1)
+__global__ void __launch_bounds__(32 * (kWarps + 1), kWarps < 8 ? 2 : 1)
     decode_kernel(const __grid_constant__ DecodeProblem p) {
-  __shared__ float parts[kWarps][8 * kRowTiles][16 * kOutputTiles + 1];
-  decode_block<T, kRowTiles, kOutputTiles, kWarps, kBase>(p, parts);
+  __shared__ Shared<kRowTiles, kOutputTiles, kWarps> shared;
+  // For older targets of a build there is nothing here; dts_fast/gpu.py does not ask for it.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  decode_block<T, kRowTiles, kOutputTiles, kWarps, kBase>(p, shared);
+#endif
 }
 #endif
 

@@ -12,12 +12,13 @@ constexpr int kClaimed = 0;
 constexpr int kDone = 1;
 constexpr int kArrivals = 2;  // one for each row and each page that a slot may list
 
-constexpr int kMostDecodeRows = 32;  // slots are compared within a warp
+constexpr int kMostDecodeRows = 16;
 
 struct DecodeProblem {
   const void* x;  // [m, x_stride]
   int64_t x_stride;
-  const void* weight;  // [n, weight_stride], or null: the delta is added to y
+  bool base;           // whether y is computed, or has the delta added
+  const void* weight;  // [n, weight_stride]
   int64_t weight_stride;
   const void* bias;  // [n] or null
   void* y;           // [m, y_stride]
@@ -31,7 +32,6 @@ struct DecodeProblem {
   int list_length;
   int m, n, k;
   int splits;          // of the shrink's sums over k
-  int units_of_claim;  // units of the shrink, of which there are m list_length splits
   float* partial;      // [splits, m, 16 list_length]
   void* h;             // [m, 16 list_length] in the type of x
   uint32_t* counters;  // [kArrivals + m list_length]
@@ -49,31 +49,25 @@ inline int64_t blocks_of(const DecodeShape& shape, int64_t n) {
 // A block for every multiprocessor where there are few outputs, with twice the warps; otherwise smaller blocks, two of
 // which share one, so that one streams while the other ends. From bytes in flight, not measured yet.
 inline DecodeShape choose_shape(int64_t m, int64_t n, int multiprocessors) {
-  const int row_tiles = m <= 8 ? 1 : m <= 16 ? 2 : 4;
-  if (row_tiles == 4 || blocks_of({row_tiles, 1, 15}, n) <= multiprocessors) return {row_tiles, 1, 15};
+  const int row_tiles = m <= 8 ? 1 : 2;
+  if (blocks_of({row_tiles, 1, 15}, n) <= multiprocessors) return {row_tiles, 1, 15};
   if (row_tiles == 1) return {1, 1, 7};
   // Twice the outputs for as much of x, which comes from the second-level cache.
   return blocks_of({2, 2, 15}, n) <= multiprocessors ? DecodeShape{2, 2, 15} : DecodeShape{2, 2, 7};
 }
 
-// Parts of k that the shrink of a page is cut into: some 512 elements each, unless there are many pages to share out.
-inline int choose_splits(int64_t m, int64_t k, int64_t list_length) {
-  const int64_t by_k = (k + 511) / 512, by_pages = 1024 / (m * list_length + 1) + 1;
-  const int64_t splits = by_k < by_pages ? by_k : by_pages;
-  return static_cast<int>(splits < 16 ? splits : 16);
-}
-
-// Units of a claim: a few claims for every block.
-inline int choose_units(int64_t m, int64_t list_length, int splits, int64_t blocks) {
-  const int64_t units = m * list_length * splits;
-  return static_cast<int>((units + 4 * blocks - 1) / (4 * blocks));
-}
+// Parts of k that the shrink of a page is cut into. A function of k alone, so that h does not depend on the batch.
+constexpr int kSplit = 512;
+inline int choose_splits(int64_t k) { return static_cast<int>(k < 64 * kSplit ? (k + kSplit - 1) / kSplit : 64); }
 
 // The instances that are compiled: (row tiles, output tiles, warps).
-#define DTS_FAST_DECODE_SHAPES(X) X(1, 1, 7) X(1, 1, 15) X(2, 1, 15) X(2, 2, 7) X(2, 2, 15) X(4, 1, 15)
+#define DTS_FAST_DECODE_SHAPES(X) X(1, 1, 7) X(1, 1, 15) X(2, 1, 15) X(2, 2, 7) X(2, 2, 15)
 
 // Launches on a stream of the current device; the error code of the launch, 0 for none (cudaError_t).
 int launch_decode(const DecodeProblem& problem, const DecodeShape& shape, bool bfloat16, CUstream_st* stream);
+
+// 0 if there is machine code, or PTX, for the current device; otherwise why not.
+int decode_runs();
 
 // The message of an error code.
 const char* error_text(int error);

@@ -8,7 +8,7 @@ namespace {
 template <class T, int kRowTiles, int kOutputTiles, int kWarps>
 void launch(const DecodeProblem& p, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(blocks_of({kRowTiles, kOutputTiles, kWarps}, p.n));
-  if (p.weight) {
+  if (p.base) {
     decode_kernel<T, kRowTiles, kOutputTiles, kWarps, true><<<blocks, 32 * (kWarps + 1), 0, stream>>>(p);
   } else {
     decode_kernel<T, kRowTiles, kOutputTiles, kWarps, false><<<blocks, 32 * (kWarps + 1), 0, stream>>>(p);
@@ -31,6 +31,11 @@ int launch_typed(const DecodeProblem& p, const DecodeShape& shape, cudaStream_t 
 
 int launch_decode(const DecodeProblem& p, const DecodeShape& shape, bool bfloat16, cudaStream_t stream) {
   return bfloat16 ? launch_typed<__nv_bfloat16>(p, shape, stream) : launch_typed<__half>(p, shape, stream);
+}
+
+int decode_runs() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, decode_kernel<__nv_bfloat16, 1, 1, 7, true>);
 }
 
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -48,10 +48,34 @@ __device__ __forceinline__ uint4 load_once(const void* p, uint64_t policy) {
   return v;
 }
 
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+// Returns when a counter has reached a number, with everything that was released by those who counted. Polling itself
+// acquires nothing: that would empty the first-level cache each time, through which x is shared.
+__device__ __forceinline__ void wait_for(const uint32_t* p, uint32_t number) {
   uint32_t v;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
+  while (true) {
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    if (v >= number) break;
+    __nanosleep(64);
+  }
+  asm volatile("fence.acq_rel.gpu;" : : : "memory");
+}
+
+__device__ __forceinline__ int load_volatile(const int* p) { return *static_cast<const volatile int*>(p); }
+
+__device__ __forceinline__ uint32_t fetch_add(uint32_t* p) {
+  uint32_t old;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(old) : "l"(p) : "memory");
+  return old;
+}
+
+// A barrier of its own number: who arrives does not wait, who meets waits for all.
+template <int kNumber>
+__device__ __forceinline__ void arrive(int threads) {
+  asm volatile("bar.arrive %0, %1;" : : "n"(kNumber), "r"(threads) : "memory");
+}
+template <int kNumber>
+__device__ __forceinline__ void meet(int threads) {
+  asm volatile("bar.sync %0, %1;" : : "n"(kNumber), "r"(threads) : "memory");
 }
 
 // Counts from 0 to `bound` and then starts again: a counter that is incremented bound + 1 times in a launch is 0 after

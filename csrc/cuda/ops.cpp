@@ -26,7 +26,9 @@ void decode_(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>
   const int64_t m = x.size(0), n = y.size(1), k = x.size(1), length = slot_pages.size(1);
   expect(m <= kMostDecodeRows && k % 8 == 0 && aligned(x), "x",
          "at most " + std::to_string(kMostDecodeRows) + " rows of whole 16 bytes", x);
-  expect(!weight || aligned(*weight), "weight", "rows of whole 16 bytes", *weight);
+  if (weight) expect(aligned(*weight), "weight", "rows of whole 16 bytes", *weight);
+  expect(k > 0 && length > 0, "x", "an input, and slots that may list pages", x);
+  expect(reinterpret_cast<uintptr_t>(pages.const_data_ptr()) % 16 == 0, "pages", "an alignment of 16 bytes", pages);
   expect(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16, "x", "float16 or bfloat16", x);
   if (m == 0 || n == 0) return;
   const c10::cuda::CUDAGuard guard(x.device());
@@ -34,11 +36,12 @@ void decode_(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>
   int multiprocessors = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device()));
   const DecodeShape shape = choose_shape(m, n, multiprocessors);
-  const int splits = choose_splits(m, k, length);
+  const int splits = choose_splits(k);
   const at::Tensor partial = at::empty({splits, m, 16 * length}, x.options().dtype(at::kFloat));
   const at::Tensor h = at::empty({m, 16 * length}, x.options());
   DecodeProblem p = {};
   p.x = x.const_data_ptr(), p.x_stride = x.stride(0);
+  p.base = weight.has_value();
   if (weight) p.weight = weight->const_data_ptr(), p.weight_stride = weight->stride(0);
   const at::Tensor offset = bias ? bias->contiguous() : at::Tensor();
   p.bias = offset.defined() ? offset.const_data_ptr() : nullptr;
@@ -48,7 +51,7 @@ void decode_(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>
   p.slot_pages = slot_pages.const_data_ptr<int32_t>(), p.slot_weights = slot_weights.const_data_ptr<float>();
   p.slot_ids = slot_ids.const_data_ptr<int32_t>(), p.list_length = static_cast<int>(length);
   p.m = static_cast<int>(m), p.n = static_cast<int>(n), p.k = static_cast<int>(k);
-  p.splits = splits, p.units_of_claim = choose_units(m, length, splits, blocks_of(shape, n));
+  p.splits = splits;
   p.partial = partial.mutable_data_ptr<float>(), p.h = h.mutable_data_ptr();
   p.counters = counters(stream, kArrivals + m * length);
   const int error = launch_decode(p, shape, x.scalar_type() == at::kBFloat16, stream);

@@ -46,6 +46,7 @@ struct Warp {
 struct Block {
   unsigned index = 0;
   int arrived = 0, turn = 0, left = 0;
+  int named = 0;  // threads that have come to the barrier with a number, which is used once
   std::vector<Warp> warps;
   std::vector<char> shared;
 };
@@ -182,6 +183,25 @@ inline V __shfl_sync(uint32_t, V value, int lane) {
   emulated::exchange({bits}, all);
   std::memcpy(&value, &all[lane][0], 4);
   return value;
+}
+
+template <int kNumber>
+inline void arrive(int) {
+  ++emulated::running->block->named;
+  ++emulated::events;
+}
+template <int kNumber>
+inline void meet(int threads) {
+  arrive<kNumber>(threads);
+  while (emulated::running->block->named < threads) emulated::yield();
+}
+
+inline uint32_t __match_any_sync(uint32_t, int value) {
+  uint32_t all[32][8], out = 0;
+  emulated::exchange({static_cast<uint32_t>(value)}, all);
+  for (int lane = 0; lane < 32; ++lane)
+    out |= static_cast<uint32_t>(all[lane][0] == static_cast<uint32_t>(value)) << lane;
+  return out;
 }
 
 inline int __ffs(uint32_t v) { return __builtin_ffs(static_cast<int>(v)); }

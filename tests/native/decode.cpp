@@ -50,7 +50,14 @@ inline void mma(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_
 
 inline uint64_t read_once_policy() { return 0; }
 inline uint4 load_once(const void* p, uint64_t) { return __ldg(static_cast<const uint4*>(p)); }
-inline uint32_t load_acquire(const uint32_t* p) { return *p; }
+inline void wait_for(const uint32_t* p, uint32_t number) {
+  while (*p < number) emulated::yield();
+}
+inline int load_volatile(const int* p) { return *p; }
+inline uint32_t fetch_add(uint32_t* p) {
+  ++emulated::events;
+  return (*p)++;
+}
 inline uint32_t fetch_increment(uint32_t* p, uint32_t bound) {
   const uint32_t old = *p;
   *p = old >= bound ? 0 : old + 1;
@@ -72,12 +79,12 @@ int draw(int low, int high) { return std::uniform_int_distribution<int>(low, hig
 float normal() { return std::normal_distribution<float>()(generator); }
 
 struct Case {
-  int m, n, k, slots, list_length, splits, units_of_claim, resident;
+  int m, n, k, slots, list_length, splits, resident;
 };
 
 [[noreturn]] void fail(const char* what, const Case& c) {
-  std::printf("%s: m %d, n %d, k %d, slots %d, list %d, splits %d, units of a claim %d, resident %d\n", what, c.m, c.n,
-              c.k, c.slots, c.list_length, c.splits, c.units_of_claim, c.resident);
+  std::printf("%s: m %d, n %d, k %d, slots %d, list %d, splits %d, resident %d\n", what, c.m, c.n, c.k, c.slots,
+              c.list_length, c.splits, c.resident);
   std::exit(1);
 }
 
@@ -125,24 +132,37 @@ void run(const Case& c) {
   std::vector<uint32_t> counters(kArrivals + c.m * c.list_length + 1, 0);
   DecodeProblem p = {};
   p.x = aligned(x), p.x_stride = x_stride;
-  p.weight = kBase ? aligned(weight) : nullptr, p.weight_stride = w_stride;
+  p.base = kBase;
+  p.weight = aligned(weight), p.weight_stride = w_stride;
   p.bias = kBase && draw(0, 1) ? bias.data() : nullptr;
   p.y = y.data(), p.y_stride = y_stride;
   p.pages = first_page, p.page_words = page_words, p.u_tiles = kTiles + v_tiles * kTileWords;
   p.slot_pages = slot_pages.data(), p.slot_weights = weights.data(), p.slot_ids = ids.data();
   p.list_length = c.list_length, p.m = c.m, p.n = c.n, p.k = c.k, p.splits = c.splits;
   const unsigned blocks = (c.n + 16 * kOutputTiles - 1) / (16 * kOutputTiles);
-  p.units_of_claim = c.units_of_claim;
   p.partial = partial.data(), p.h = aligned(h), p.counters = counters.data();
-  using Parts = float[kWarps][8 * kRowTiles][16 * kOutputTiles + 1];
-  const bool ended =
-      emulated::launch(blocks, 32 * (kWarps + 1), c.resident, generator(), sizeof(Parts), [&](emulated::Block& block) {
-        decode_block<Bf16, kRowTiles, kOutputTiles, kWarps, kBase>(p, *reinterpret_cast<Parts*>(block.shared.data()));
-      });
-  if (!ended) fail("blocks wait for ever", c);
+  using Memory = Shared<kRowTiles, kOutputTiles, kWarps>;
+  const auto launch = [&] {
+    return emulated::launch(blocks, 32 * (kWarps + 1), c.resident, generator(), sizeof(Memory),
+                            [&](emulated::Block& block) {
+                              decode_block<Bf16, kRowTiles, kOutputTiles, kWarps, kBase>(
+                                  p, *reinterpret_cast<Memory*>(block.shared.data()));
+                            });
+  };
+  if (!launch()) fail("blocks wait for ever", c);
   for (uint32_t counter : counters) {
     if (counter) fail("a counter is not 0 after the launch", c);
   }
+  // Once more with other slots for the other rows: the row's bits must stay.
+  const int kept = draw(0, c.m - 1);
+  const auto first_y = y;
+  const auto first_ids = ids;
+  for (int m = 0; m < c.m; ++m) ids[m] = m == kept ? ids[m] : draw(-1, c.slots - 1);
+  y = kBase ? y : before;
+  if (!launch()) fail("blocks wait for ever", c);
+  if (std::memcmp(&y[kept * y_stride], &first_y[kept * y_stride], 2 * c.n)) fail("a row depends on its neighbours", c);
+  ids = first_ids;
+  y = first_y;
   const auto code = [](const uint32_t* tiles, int lane, int step) {
     return tiles[lane] >> (2 * step) & 3;  // lane's word of a tile
   };
@@ -200,17 +220,14 @@ void run(const Case& c) {
 template <int kRowTiles, int kOutputTiles, int kWarps>
 void run_many(int count) {
   for (int i = 0; i < count; ++i) {
-    const Case c = {draw(1, 8 * kRowTiles),
-                    draw(1, 100),
-                    8 * draw(1, 60),
-                    draw(1, 4),
-                    draw(1, 4),
-                    draw(1, 4),
-                    draw(1, 6),
-                    draw(1, 3)};
+    Case c = {draw(1, 8 * kRowTiles), draw(1, 100), 8 * draw(1, 60), draw(1, 4), draw(1, 4), draw(1, 4), draw(1, 3)};
     run<kRowTiles, kOutputTiles, kWarps, true>(c);
     run<kRowTiles, kOutputTiles, kWarps, false>(c);
   }
+  // Every loop more than once: refilled registers, more pages than warps and than are staged, more than one split.
+  const int k = 32 * (2 * ahead(kRowTiles, kOutputTiles) * kWarps + 3) + 8;
+  const Case large = {8 * kRowTiles - 1, 33, k, 3, 2 * kWarps + 6, choose_splits(k), 2};
+  run<kRowTiles, kOutputTiles, kWarps, true>(large);
 }
 
 }  // namespace
