@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import native, reference
+from . import gpu, native, reference
 from .codes import CodedMatrix, LowRankDelta, pack, packed_size
 from .errors import DTSError
 from .nn import DTSLinear
@@ -135,6 +136,8 @@ class Layers:
         if native.MODULE is not None and case.device == "cpu":
             packed = [self._personalised(copy.deepcopy(base), deltas, prepack=True) for base in self.bases]
             self.candidates["DTSLinear, prepacked"] = [self._routed(layer) for layer in packed]
+        if case.device == "cuda" and gpu.why_not_cuda() is None:
+            self.candidates["DTSLinear, Triton"] = [_with_triton(run) for run in self.candidates["DTSLinear"]]
         if peers:
             self._add_peers()
 
@@ -206,6 +209,19 @@ class Layers:
                 error = (self.candidates[name][0]().double() - truth).abs()
                 if not bool((error <= allowed).all()):
                     raise DTSError(f"the result of {name} in {self.case} is wrong by {error.max():.3g}.")
+
+
+def _with_triton(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same without the CUDA C++ kernels."""
+
+    def wrapped() -> Tensor:
+        os.environ["DTS_FAST_GPU"] = "triton"
+        try:
+            return run()
+        finally:
+            del os.environ["DTS_FAST_GPU"]
+
+    return wrapped
 
 
 def random_delta(n: int, k: int, rank: int) -> LowRankDelta:

@@ -59,7 +59,7 @@ ALLOWED = {
     "prepack": {"codes", "errors", "native", "ops", "packing", "routing"},
     "nn": {"bank", "codes", "errors", "mixture", "ops", "prepack", "reference", "routing"},
     "timing": set(),
-    "benchmark": {"codes", "errors", "native", "nn", "reference", "routing", "timing"},
+    "benchmark": {"codes", "errors", "gpu", "native", "nn", "reference", "routing", "timing"},
     "model": {
         "adapter_file", "atomic", "bank", "characteristic", "checkpoint", "errors", "fingerprint", "mixture", "nn",
         "prepack", "routing",
