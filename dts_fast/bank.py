@@ -140,6 +140,10 @@ class Bank(nn.Module):
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
 
+    def nbytes_of(self, slot: int) -> int:
+        """Bytes of the pages that a slot lists; pages that slots share count for each of them."""
+        return int((self.slot_pages[slot] >= 0).sum()) * self.pages.shape[1]
+
     # Outside inference mode, whatever the caller is in: tensors born in it could be neither changed nor saved for
     # backward later.
     @torch.inference_mode(False)

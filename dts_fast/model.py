@@ -21,7 +21,7 @@ from .adapter_file import (
     locate_adapter,
 )
 from .atomic import staged_directory
-from .bank import BASE, SlotTable
+from .bank import BASE, Bank, SlotTable
 from .characteristic import characteristic_of
 from .checkpoint import Checkpoint, common_prefix
 from .errors import BaseMismatchError, CheckpointError, DTSError
@@ -279,6 +279,25 @@ class DTSModel(nn.Module):
                 for file in source.iterdir():
                     if file.name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
                         shutil.copyfile(file, staging / file.name)
+
+    def memory_report(self) -> dict[str, object]:
+        """Bytes in memory: ``base`` (the model's own parameters, each once), ``adapters`` by name (what each uses;
+        mixtures use their members' pages), and ``reserved``: the arenas, with what is free in them, and tensors that
+        are stored whole."""
+        banks = [bank for wrapper in self._wrappers.values() for bank in wrapper.modules() if isinstance(bank, Bank)]
+        stored = [p for wrapper in self._wrappers.values() for held in wrapper.stored.values() for p in held.values()]
+        own = {id(t): t.nbytes for t in self.model.parameters()}
+        # Packed weights are buffers, and no bank's.
+        own |= {id(m.packed): m.packed.nbytes for m in self.model.modules() if isinstance(m, PackedLinear)}
+        return {
+            "base": sum(own.values()),
+            "adapters": {
+                name: sum(wrapper.nbytes_of(self.slots.slot(name)) for wrapper in self._wrappers.values())
+                for name in self.slots.names
+            },
+            "reserved": sum(bank.nbytes for bank in {id(bank): bank for bank in banks}.values())
+            + sum(parameter.nbytes for parameter in stored),
+        }
 
     def push_to_hub(self, *args: object, **kwargs: object) -> None:
         """Refused: what is worth sharing are the adapters, see `save_pretrained`."""

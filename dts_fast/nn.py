@@ -157,6 +157,10 @@ class DTSModule(nn.Module):
         if mixed:
             self.load_slot(slot, mixed)
 
+    def nbytes_of(self, slot: int) -> int:
+        """Bytes that a slot takes in this layer."""
+        return sum(parameter.nbytes for parameter in self.stored.get(slot, {}).values())
+
     # A subclass may hold a slot in its own way; these four belong together.
 
     def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
@@ -276,6 +280,10 @@ class _BankedModule(DTSModule):
             elif len(pages):
                 found[name] = self._oriented(from_pages(self.layout, pages, weights))
         return found
+
+    def nbytes_of(self, slot: int) -> int:
+        banks = [self.bank] if self.bias_bank is None else [self.bank, self.bias_bank]
+        return super().nbytes_of(slot) + sum(bank.nbytes_of(slot) for bank in banks)
 
     def mix_slots(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
         if any(member in self.stored for member, _ in members):

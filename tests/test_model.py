@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from dts_fast import DTSConfig, DTSModel, compress, fuse, route
+from dts_fast import DTSConfig, DTSModel, compress, fuse, native, route
 from dts_fast.errors import BaseMismatchError, CapacityError, DTSError, RoutingError, UnknownAdapterError
 from dts_fast.export import export_full
 
@@ -329,3 +329,22 @@ def test_a_mixture_that_fails_half_way_leaves_nothing(family):
     assert [list(w.bank._free) for w in wrappers if hasattr(w, "bank")] == free
     del wrappers[-1].mix_slots
     model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mixed")
+
+
+@pytest.mark.parametrize("prepack", [False, True])
+def test_memory_is_reported_by_adapter(family, prepack):
+    if prepack and native.MODULE is None:
+        pytest.skip("packed weights are for the native CPU kernels")
+    model = family.model(prepack=prepack)
+    report = model.memory_report()
+    base = sum(p.nbytes for p in family.base().parameters())
+    # Packed panels of 32 outputs are padded.
+    assert base <= report["base"] <= (2 * base if prepack else base)
+    assert report["adapters"].keys() == {"a", "b"}
+    assert all(nbytes > 0 for nbytes in report["adapters"].values())
+    assert report["reserved"] >= sum(report["adapters"].values())
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "both")
+    after = model.memory_report()
+    assert after["base"] == report["base"]
+    model.delete_adapter("b")
+    assert model.memory_report()["adapters"].keys() == {"a", "both"}
