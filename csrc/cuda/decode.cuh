@@ -11,8 +11,8 @@
 // kDone is incremented once for every claim and once by every block that has seen the end, and wraps around to 0 there;
 // whoever wraps it around sets kClaimed to 0, which no one uses any more.
 //
-// Sums do not depend on timing: partial results are added up in the order of k, by whoever comes last. Nor on the other
-// rows: a page is added by a warp that its slot and its place in the list choose.
+// Sums do not depend on timing: partial results are added up in the order of k, by whoever comes last. Nor on what the
+// other rows use: a page is added by a warp that its slot and its place in the list choose.
 #pragma once
 
 #include "decode.h"
@@ -41,14 +41,20 @@ struct Shared {
 // The block's barriers: all of it, and what is known about the batch.
 constexpr int kKnown = 1;
 
-// Four levels over the largest, which goes into h: float16 holds them whatever their size. Returns that largest.
+// Four levels over the largest, which goes into h: float16 holds them whatever their size. Returns that largest. What
+// is no finite number goes into h alone, which only the rows of its slot have; in the table it would reach all of them.
 template <class T>
 __device__ __forceinline__ float load_table(const uint32_t* page, int levels, Table& table) {
+  constexpr float kSmallest = 1.17549435e-38f;  // below, the reciprocal is no finite number
   const float4 v = __ldg(reinterpret_cast<const float4*>(page + levels));
+  const float all = fabsf(v.x) + fabsf(v.y) + fabsf(v.z) + fabsf(v.w);
+  const bool finite = all <= 3.0e38f;
   const float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-  const float scale = largest > 0.0f ? largest : 1.0f, inverse = 1.0f / scale;
-  table = {pack<T>(v.x * inverse, v.y * inverse), pack<T>(v.z * inverse, v.w * inverse)};
-  return scale;
+  const bool usable = finite && largest >= kSmallest;
+  const float inverse = usable ? 1.0f / largest : 0.0f;
+  const float x = finite ? v.x : 0.0f, y = finite ? v.y : 0.0f, z = finite ? v.z : 0.0f, w = finite ? v.w : 0.0f;
+  table = {pack<T>(x * inverse, y * inverse), pack<T>(z * inverse, w * inverse)};
+  return usable ? largest : finite ? 0.0f : all;
 }
 
 // x V of one page for the rows of one slot, over the chunks [begin, end) of k, by one warp: sums [16 ranks, 8 rows].
@@ -362,8 +368,7 @@ __device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, c
 
 // What one block does. Grid: blocks of 16 kOutputTiles outputs. Threads: kWarps warps on the base, and one beside them:
 // 8 or 16 together, so that each quarter of a multiprocessor has four, with 128 registers a thread. Rows: m <= 8
-// kRowTiles
-// <= 32. x, weight and h are of type T, with rows of whole 16 bytes.
+// kRowTiles. x, weight and h are of type T, with rows of whole 16 bytes.
 template <class T, int kRowTiles, int kOutputTiles, int kWarps, bool kBase>
 __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRowTiles, kOutputTiles, kWarps>& shared) {
   constexpr int kOutputs = 16 * kOutputTiles, kThreads = 32 * (kWarps + 1);

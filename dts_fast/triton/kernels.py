@@ -43,7 +43,7 @@ def _levels(floats, page_at, valid, LEVELS: tl.constexpr, dtype: tl.constexpr):
     level2 = tl.load(floats + page_at + LEVELS + 2, mask=valid, other=0.0)
     level3 = tl.load(floats + page_at + LEVELS + 3, mask=valid, other=0.0)
     largest = tl.maximum(tl.maximum(tl.abs(level0), tl.abs(level1)), tl.maximum(tl.abs(level2), tl.abs(level3)))
-    largest = tl.where(largest > 0.0, largest, 1.0)
+    largest = tl.where(largest > 1e-37, largest, 1.0)  # below, the reciprocal is no finite number
     inverse = 1.0 / largest
     return (
         (level0 * inverse).to(dtype), (level1 * inverse).to(dtype), (level2 * inverse).to(dtype),
