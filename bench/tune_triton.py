@@ -29,7 +29,7 @@ from dts_fast.codes import PageLayout, to_pages
 from dts_fast.hardware import header
 from dts_fast.timing import last_level_cache, time_in_turns
 from dts_fast.triton import linear
-from dts_fast.triton.configs import _TABLES, Config, default, key, shared_memory, user_tables, write_table
+from dts_fast.triton.configs import TABLES, Config, default, key, shared_memory, user_tables, write_table
 
 # In this order: what moves most comes first.
 CHOICES = {
@@ -124,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     major, minor = torch.cuda.get_device_capability()
     capability = 10 * major + minor
-    file = (options.out or (user_tables() if options.user else _TABLES)) / f"sm_{capability}.json"
+    file = (options.out or (user_tables() if options.user else TABLES)) / f"sm_{capability}.json"
     known = json.loads(file.read_text(encoding="utf-8"))["configs"] if file.exists() else {}
     found = {name: Config(**config) for name, config in known.items()}
     until = time.monotonic() + 60 * options.minutes

@@ -1,7 +1,6 @@
 """Which kernels serve a call on a GPU: CUDA C++ for few rows, Triton's for the rest, plain torch where neither runs.
 
-`_decodes` decides; none of its numbers has been measured yet. DTS_FAST_GPU=triton or plain leaves the
-better ones out.
+`_decodes` decides; none of its numbers has been measured yet. DTS_FAST_GPU=triton or plain leaves the better ones out.
 """
 
 from __future__ import annotations
@@ -89,8 +88,8 @@ def why_not_triton() -> str | None:
         return "not tried on AMD GPUs"
     try:
         from . import triton  # noqa: F401
-    except ImportError as error:
-        return str(error)
+    except (ImportError, AttributeError) as error:  # not there, or a release without what the kernels use
+        return f"{type(error).__name__}: {error}"
     if torch.cuda.get_device_capability() < (8, 0):
         return "this GPU has no bfloat16 matrix units"
     return None

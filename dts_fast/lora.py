@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapter_file import load_adapter
+from .adapter_file import Adapter, load_adapter
 from .atomic import staged_directory
 from .checkpoint import Checkpoint, TensorInfo, common_prefix, is_embedding
-from .codes import DeltaSum, LowRankDelta, terms_of
+from .codes import DeltaSum, LowRankDelta, is_matrix, terms_of
 from .errors import CheckpointError, DTSError
 from .export import check_base
 
@@ -55,7 +55,8 @@ def export_lora(
         adapter_path: adapter directory or hub id.
         base_model: ``.safetensors`` file, directory or hub id.
         out_path: directory to write.
-        drop: leave out what PEFT cannot hold (tables that belong to no module), instead of refusing.
+        drop: leave out what PEFT cannot hold (tables that belong to no module, or that a head is tied to), instead of
+            refusing.
 
     Returns:
         The parameters that were left out.
@@ -74,7 +75,11 @@ def export_lora(
     left_out: list[str] = []
     for name, parameter in adapter.parameters.items():
         module, _, leaf = name.rpartition(".")
-        if isinstance(parameter, (LowRankDelta, DeltaSum)) and leaf == "weight":
+        # A convolution of one output is decomposed along another dimension: it is stored whole.
+        if leaf == "weight" and _is_low_rank(parameter) and terms_of(parameter)[0].u.n == parameter.shape[0]:
+            if _has_tied_head(adapter, base, name):
+                left_out.append(name)
+                continue
             transposed = _keeps_transposed(base, name)
             table = is_embedding(name, tuple(parameter.shape))
             tensors |= _module_tensors(module, parameter, transposed, table)
@@ -89,7 +94,8 @@ def export_lora(
     if left_out and not drop:
         raise DTSError(
             f"PEFT's LoRA cannot hold {len(left_out)} parameters of this adapter ({', '.join(left_out[:5])}): they are "
-            "no weight or bias of a module. Leave them out with --drop, or use export full."
+            "no weight or bias of a module, or a table whose head is tied to it, which PEFT would leave as it was. "
+            "Leave them out with --drop, or use export full."
         )
     saved = [module for module in whole if module not in ranks]
     for module in saved:
@@ -123,6 +129,22 @@ def export_lora(
         save_file(contiguous, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return left_out
+
+
+def _is_low_rank(parameter: object) -> bool:
+    return isinstance(parameter, (LowRankDelta, DeltaSum)) and is_matrix(parameter)
+
+
+def _has_tied_head(adapter: Adapter, base: Checkpoint, name: str) -> bool:
+    """Whether a language model's head shares this table: written twice, or left out of the checkpoint."""
+    if name in adapter.config["tied"].values():
+        return True
+    shape = base.tensors[name].shape
+    if shape[0] != base.config.get("vocab_size") or base.config.get("tie_word_embeddings") is False:
+        return False
+    kinds = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
+    has_head = any(str(kind).endswith(kinds) for kind in base.config.get("architectures") or ())
+    return has_head and not any(info.shape == shape for other, info in base.tensors.items() if other != name)
 
 
 def _keeps_transposed(base: Checkpoint, name: str) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of a GPU
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Python; read when triton is imported
+
+
+@contextmanager
+def all_at_once(commands: dict[str, list[str]], **environment: str) -> Iterator[dict[str, subprocess.Popen]]:
+    """Processes that run beside each other, for there are cores to fill. Those still running at the end are killed."""
+    processes = {
+        name: subprocess.Popen(
+            command, env=environment or None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for name, command in commands.items()
+    }
+    try:
+        yield processes
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import all_at_once
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -19,28 +20,18 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 
 @pytest.fixture(scope="module")
 def compilers(tmp_path_factory):
-    """An nvcc for each target, all at once: for there are cores to fill."""
+    """An nvcc for each target."""
     folder = tmp_path_factory.mktemp("cuda")
     command = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-cubin", "-Xptxas", "-v", str(CSRC / "cuda" / "launch.cu")]
-    processes = {
-        target: subprocess.Popen(
-            [*command, f"-arch=sm_{target}", "-o", str(folder / f"{target}.cubin")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for target in TARGETS
-    }
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.wait()
+    commands = {t: [*command, f"-arch=sm_{t}", "-o", str(folder / f"{t}.cubin")] for t in TARGETS}
+    with all_at_once(commands) as processes:
+        yield processes
 
 
 @needs_nvcc
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_instance_compiles_without_spills_and_leaves_room_for_enough_warps(compilers, target):
-    out, _ = compilers[target].communicate()
+    out = "".join(compilers[target].communicate())
     assert compilers[target].returncode == 0, out
     assert "warning" not in out
     entries = re.findall(

@@ -81,6 +81,32 @@ def test_gpt2_keeps_its_weights_the_other_way_round(tmp_path):
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_table_that_the_head_is_tied_to_is_refused(tmp_path):
+    """PEFT would change the table and not the head."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=40, n_positions=20)
+    base = transformers.GPT2LMHeadModel(config)
+    base.save_pretrained(tmp_path / "base")
+    moved(base, 0.02).save_pretrained(tmp_path / "tuned")
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "dts", DTSConfig(rank=4, embeddings="low-rank"))
+    with pytest.raises(DTSError, match=r"cannot hold 1 parameters of this adapter \(transformer.wte.weight\)"):
+        export_lora(tmp_path / "dts", tmp_path / "base", tmp_path / "lora")
+    assert export_lora(tmp_path / "dts", tmp_path / "base", tmp_path / "lora", drop=True) == ["transformer.wte.weight"]
+
+
+@torch.no_grad()
+def test_a_convolution_of_one_output_is_stored_whole(tmp_path):
+    base = nn.Sequential(nn.Conv1d(6, 1, 3), nn.Linear(8, 4))
+    for name, model in (("base", base), ("tuned", moved(base))):
+        save_model(model, str(tmp_path / f"{name}.safetensors"))
+    compress(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "dts", DTSConfig(rank=2))
+    export_lora(tmp_path / "dts", tmp_path / "base.safetensors", tmp_path / "lora")
+    x = torch.randn(5, 6, 10)
+    model = DTSModel.from_pretrained(copy.deepcopy(base), tmp_path / "dts")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_what_peft_cannot_hold_is_refused_or_left_out(tmp_path):
     class Table(nn.Module):
         def __init__(self) -> None:

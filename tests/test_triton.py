@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from conftest import all_at_once
 from test_ops import DEVICE, delta_magnitude, make_bank, on_device, within_rounding
 
 from dts_fast import reference
@@ -81,7 +81,7 @@ def test_the_rules_give_legal_block_sizes(capability, dtype, m):
 
 def test_measured_tables_come_before_the_rules_and_the_users_own_before_the_shipped(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(triton_configs, "_TABLES", tmp_path / "shipped")
+    monkeypatch.setattr(triton_configs, "TABLES", tmp_path / "shipped")
     triton_configs.tables.cache_clear()
     shape = (16, 4096, 4096, torch.bfloat16)
     rule = choose(*shape, 10, 90, True)
@@ -101,22 +101,11 @@ def test_measured_tables_come_before_the_rules_and_the_users_own_before_the_ship
 
 @pytest.fixture(scope="module")
 def compilers():
-    """A process for each architecture that compiles every configuration; all at once, for there are cores to fill."""
+    """A process for each architecture that compiles every configuration."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    processes = {
-        capability: subprocess.Popen(
-            [sys.executable, "-m", "dts_fast.triton.aot", "--capability", str(capability), "--json"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for capability in CAPABILITIES
-    }
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.wait()
+    command = [sys.executable, "-m", "dts_fast.triton.aot", "--json", "--capability"]
+    with all_at_once({c: [*command, str(c)] for c in CAPABILITIES}, **environment) as processes:
+        yield processes
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

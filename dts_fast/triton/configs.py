@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-_TABLES = Path(__file__).parent / "tables"
+TABLES = Path(__file__).parent / "tables"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def key(m: int, n: int, k: int, dtype: torch.dtype, dense: bool) -> str:
 def tables(capability: int) -> dict[str, Config]:
     """What was measured on an architecture; the user's own measurements win. Empty where there are none."""
     found: dict[str, Config] = {}
-    for folder in (_TABLES, user_tables()):
+    for folder in (TABLES, user_tables()):
         file = folder / f"sm_{capability}.json"
         if file.is_file():
             rows = json.loads(file.read_text(encoding="utf-8"))["configs"]
