@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from dts_fast import DTSLinear, route
-from dts_fast.bank import SlotTable
 from dts_fast.benchmark import random_delta, rank_for_share
 from dts_fast.hardware import header
+from dts_fast.slots import SlotTable
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARE = 0.01

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from dts_fast import DTSLinear, ops, route
-from dts_fast.bank import Bank, SlotTable
+from dts_fast.bank import Bank
 from dts_fast.benchmark import (
     COMPOSITIONS,
     MODELS,
@@ -35,6 +35,7 @@ from dts_fast.benchmark import (
 )
 from dts_fast.codes import PageLayout, to_pages
 from dts_fast.hardware import header
+from dts_fast.slots import SlotTable
 from dts_fast.timing import Roofline, dtype_name, measure_roofline
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -44,11 +44,9 @@ inline void expect(bool holds, const char* name, const std::string& expected, co
                     ".");
 }
 
-// The bank of a layer [n, k] whose pages take `page_nbytes`, for the rows of x.
-inline void check_bank(const at::Tensor& x, int64_t n, int64_t k, int64_t page_nbytes, const at::Tensor& pages,
-                       const at::Tensor& slot_pages, const at::Tensor& slot_weights, const at::Tensor& slot_ids) {
-  const auto dtype = x.scalar_type();
-  expect(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, "x", "float32, float16 or bfloat16", x);
+// The bank of a layer [n, k] whose pages take `page_nbytes`, for the rows of x (numbers or ids).
+inline void check_bank_of(const at::Tensor& x, int64_t n, int64_t k, int64_t page_nbytes, const at::Tensor& pages,
+                          const at::Tensor& slot_pages, const at::Tensor& slot_weights, const at::Tensor& slot_ids) {
   expect(pages.scalar_type() == at::kByte && pages.dim() == 2 && pages.size(1) == page_nbytes && pages.is_contiguous(),
          "pages",
          "contiguous uint8 [P, " + std::to_string(page_nbytes) + "], the rank pages of a layer " + shape_text({n, k}),
@@ -65,6 +63,13 @@ inline void check_bank(const at::Tensor& x, int64_t n, int64_t k, int64_t page_n
   expect(pages.device() == x.device(), "pages", device, pages);
   expect(slot_pages.device() == x.device(), "slot_pages", device, slot_pages);
   expect(slot_ids.device() == x.device(), "slot_ids", device, slot_ids);
+}
+
+inline void check_bank(const at::Tensor& x, int64_t n, int64_t k, int64_t page_nbytes, const at::Tensor& pages,
+                       const at::Tensor& slot_pages, const at::Tensor& slot_weights, const at::Tensor& slot_ids) {
+  const auto dtype = x.scalar_type();
+  expect(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, "x", "float32, float16 or bfloat16", x);
+  check_bank_of(x, n, k, page_nbytes, pages, slot_pages, slot_weights, slot_ids);
 }
 
 inline void check_bias(const at::Tensor& x, const std::optional<at::Tensor>& bias, int64_t n) {

@@ -1,97 +1,39 @@
-"""Where adapters live at run time: pages in one arena per layer, and slots that list them.
+"""Where adapters live at run time: pages in one arena per parameter, and slots that list them.
 
-A *bank* belongs to one parameter of a layer. Its arena holds pages of a fixed size (`codes.PageLayout` for
-matrices, `codes.VectorPageLayout` for biases); a *slot* lists the pages of one adapter, each with a weight. Loading
-and evicting write in place: the tensors that kernels, compiled graphs and CUDA graphs hold stay the same.
+A *bank* belongs to one matrix of a layer. Its arena holds rank pages of a fixed size (`codes.PageLayout`); a *slot*
+lists the pages of one adapter, each with a weight. Loading and evicting write in place: the tensors that kernels,
+compiled graphs and CUDA graphs hold stay the same. A `VectorTable` does the same for biases and norms.
+
+Other threads may compute while one loads: what is written belongs to no slot that they use (`slots.SlotTable` sees to
+that), and tensors that grow are replaced all together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .errors import CapacityError, DTSError, UnknownAdapterError
+from .codes import Delta
+from .errors import CapacityError
+from .mixture import mix
 
-BASE = "__base__"
-BASE_SLOT = -1
+# How many adapters' pages a mixture may list in a bank of fixed capacity: every entry of a list is there for all slots.
+_MOST_MEMBERS = 8
 
 
-class SlotTable:
-    """Adapter names and the slots they occupy; shared by all layers of a model.
+@dataclass(frozen=True)
+class Arena:
+    """A fixed capacity: pages of all slots, and how many of them one load may take."""
 
-    Attributes:
-        capacity: number of slots.
-        active: what rows use when nothing is routed: an adapter's name, or ``"__base__"``.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        if capacity < 1:
-            raise DTSError(f"max_adapters must be at least 1, got {capacity}.")
-        self.capacity = capacity
-        self.active = BASE
-        self.routed_with_grad = False  # whether a route was last used where gradients are recorded
-        self._slots: dict[str, int] = {}
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._slots)
-
-    def slot(self, name: str) -> int:
-        """The slot of a loaded adapter, -1 for ``"__base__"``.
-
-        Raises:
-            UnknownAdapterError: no adapter of that name is loaded; the message lists those that are.
-        """
-        if name == BASE:
-            return BASE_SLOT
-        try:
-            return self._slots[name]
-        except KeyError:
-            known = ", ".join(map(repr, self._slots)) or "none"
-            raise UnknownAdapterError(f"unknown adapter {name!r}; loaded: {known}, and {BASE!r}.") from None
-
-    def free_slot(self, name: str) -> int:
-        """The slot that a new adapter would take.
-
-        Raises:
-            DTSError: the name is taken or reserved.
-            CapacityError: all slots are occupied.
-        """
-        if not isinstance(name, str) or not name:
-            raise DTSError(f"an adapter's name must be a non-empty string, got {name!r}.")
-        if name == BASE or name in self._slots:
-            raise DTSError(f"adapter name {name!r} is {'reserved' if name == BASE else 'loaded already'}.")
-        free = set(range(self.capacity)) - set(self._slots.values())
-        if not free:
-            raise CapacityError(
-                f"all {self.capacity} slots are taken ({', '.join(self._slots)}); delete an adapter first, or "
-                "construct with a larger max_adapters."
-            )
-        return min(free)
-
-    def occupy(self, name: str, slot: int) -> None:
-        self._slots[name] = slot
-
-    def release(self, name: str) -> int:
-        """Forget a name; returns the slot it had.
-
-        Raises:
-            UnknownAdapterError: no such adapter.
-            DTSError: the name of the base.
-        """
-        if name == BASE:
-            raise DTSError(f"{BASE!r} is the base itself and cannot be deleted.")
-        slot = self.slot(name)
-        del self._slots[name]
-        if self.active == name:
-            self.active = BASE
-        return slot
+    pages: int
+    per_slot: int
 
 
 class Bank(nn.Module):
-    """The arena and the slots of one parameter.
+    """The arena and the slots of one matrix.
 
     Attributes:
         pages: uint8 ``[P, page_nbytes]``.
@@ -101,9 +43,8 @@ class Bank(nn.Module):
     Args:
         page_nbytes: size of a page.
         num_slots: S.
-        num_pages: fixed capacity P; None lets the arena grow when a load needs it (new tensors: recapture graphs).
-        pages_per_slot: how many pages a load may take. Fixes L to as many of each slot, so that a slot can list all
-            others'; None lets L grow likewise.
+        arena: fixed capacity; None lets P and L grow when a load needs it (new tensors: recapture graphs). L is then
+            fixed too, to what up to 8 loads may take, so that a mixture can list others' pages.
     """
 
     pages: Tensor
@@ -115,26 +56,28 @@ class Bank(nn.Module):
         page_nbytes: int,
         num_slots: int,
         *,
-        num_pages: int | None = None,
-        pages_per_slot: int | None = None,
+        arena: Arena | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.fixed_pages, self.pages_per_slot = num_pages is not None, pages_per_slot
-        length = (pages_per_slot or 0) * num_slots
+        self.arena = arena
+        num_pages, length = (arena.pages, arena.per_slot * min(num_slots, _MOST_MEMBERS)) if arena else (0, 0)
         # Not persistent: adapters are files of their own, and the base's state dict stays the base's.
         for name, tensor in (
-            ("pages", torch.zeros(num_pages or 0, page_nbytes, dtype=torch.uint8, device=device)),
+            ("pages", torch.zeros(num_pages, page_nbytes, dtype=torch.uint8, device=device)),
             ("slot_pages", torch.full((num_slots, length), -1, dtype=torch.int32, device=device)),
             ("slot_weights", torch.zeros(num_slots, length, dtype=torch.float32, device=device)),
         ):
             self.register_buffer(name, tensor, persistent=False)
-        self._free = list(range(num_pages or 0))
+        self._free = list(range(num_pages))
+        self._listed: dict[int, list[int]] = {}  # slot -> its pages, as slot_pages has them
+        self._users: dict[int, int] = {}  # page -> how many slots list it
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the ops take, in their order."""
-        return self.pages, self.slot_pages, self.slot_weights
+        buffers = self._buffers  # read once: a growing bank replaces all of them together
+        return buffers["pages"], buffers["slot_pages"], buffers["slot_weights"]
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +85,17 @@ class Bank(nn.Module):
 
     def nbytes_of(self, slot: int) -> int:
         """Bytes of the pages that a slot lists; pages that slots share count for each of them."""
-        return int((self.slot_pages[slot] >= 0).sum()) * self.pages.shape[1]
+        return len(self._listed.get(slot, ())) * self.pages.shape[1]
+
+    def fits(self, count: int, without: Collection[int] = ()) -> bool:
+        """Whether a load of so many pages would succeed once these slots are empty."""
+        if self.arena is None:
+            return True
+        if count > self.arena.per_slot:
+            return False
+        freed = {page for slot in without for page in self._listed.get(slot, ())}
+        left = {page for slot, pages in self._listed.items() if slot not in without for page in pages}
+        return count <= len(self._free) + len(freed - left)
 
     # Outside inference mode, whatever the caller is in: tensors born in it could be neither changed nor saved for
     # backward later.
@@ -154,16 +107,15 @@ class Bank(nn.Module):
             CapacityError: a bank of fixed capacity has too few pages; nothing was changed.
         """
         count = pages.shape[0]
-        if self.pages_per_slot is not None and count > self.pages_per_slot:
-            raise CapacityError(f"the adapter takes {count} pages, a slot of this bank at most {self.pages_per_slot}.")
+        if self.arena is not None and count > self.arena.per_slot:
+            raise CapacityError(f"the adapter takes {count} pages, a slot of this bank at most {self.arena.per_slot}.")
         self._make_room(count, reusable=len(self._only_in(slot)))
         self.evict(slot)
-        taken = [self._free.pop(0) for _ in range(count)]
+        taken, self._free = self._free[:count], self._free[count:]
         if count:
-            self.pages[taken] = pages.to(self.pages.device)
-            self.slot_weights[slot, :count] = weight
-            # The list last: until it stands, the slot is empty for whoever reads it.
-            self.slot_pages[slot, :count] = torch.tensor(taken, dtype=torch.int32)
+            for first, last in _runs(taken):
+                self.pages[taken[first] : taken[last] + 1].copy_(_staged(pages[first : last + 1], self.pages), True)
+            self._list(slot, taken, torch.full((count,), weight))
 
     @torch.inference_mode(False)
     def share(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
@@ -179,25 +131,41 @@ class Bank(nn.Module):
         """
         pages, weights = [], []
         for member, weight in members:
-            listed = self.slot_pages[member]
-            pages.append(listed[listed >= 0])
-            weights.append(self.slot_weights[member][listed >= 0] * weight)
-        pages, weights = torch.cat(pages), torch.cat(weights)
+            listed = self._listed.get(member, [])
+            pages += listed
+            weights.append(self.slot_weights[member, : len(listed)] * weight)
         self._make_room(len(pages), new=0)
-        self.slot_weights[slot, : len(pages)] = weights
-        self.slot_pages[slot, : len(pages)] = pages
+        if pages:
+            self._list(slot, pages, torch.cat(weights))
 
     @torch.inference_mode(False)
     def evict(self, slot: int) -> None:
         """Empty a slot and free the pages that no other slot shares."""
-        freed = self._only_in(slot)
+        listed = self._listed.pop(slot, [])
+        if not listed:
+            return
         self.slot_pages[slot] = -1
+        freed = []
+        for page in listed:
+            self._users[page] -= 1
+            if not self._users[page]:
+                del self._users[page]
+                freed.append(page)
         self._free = sorted(self._free + freed)
+
+    def _list(self, slot: int, pages: list[int], weights: Tensor) -> None:
+        self.slot_weights[slot, : len(pages)].copy_(_staged(weights, self.pages), True)
+        # The list last: until it stands, the slot is empty for whoever reads it.
+        listed = torch.tensor(pages, dtype=torch.int32)
+        self.slot_pages[slot, : len(pages)].copy_(_staged(listed, self.pages), True)
+        self._listed[slot] = pages
+        for page in pages:
+            self._users[page] = self._users.get(page, 0) + 1
 
     def _only_in(self, slot: int) -> list[int]:
         """The pages that this slot lists and no other does."""
-        others = torch.cat([self.slot_pages[:slot], self.slot_pages[slot + 1 :]])
-        return sorted({page for page in self.slot_pages[slot].tolist() if page >= 0} - set(others.flatten().tolist()))
+        listed = self._listed.get(slot, [])
+        return [page for page in set(listed) if self._users[page] == listed.count(page)]
 
     def _make_room(self, count: int, new: int | None = None, reusable: int = 0) -> None:
         """Grow what may grow until a slot can list ``count`` pages, of which ``new`` (all if None) must be free or are
@@ -207,27 +175,92 @@ class Bank(nn.Module):
             CapacityError: what is fixed is too small.
         """
         length, free = self.slot_pages.shape[1], len(self._free) + reusable
-        if count > length and self.pages_per_slot is not None:
+        if count > length and self.arena is not None:
             raise CapacityError(f"the mixture lists {count} pages, a slot of this bank at most {length}.")
         new = count if new is None else new
-        if new > free and self.fixed_pages:
+        if new > free and self.arena is not None:
             raise CapacityError(
                 f"the adapter takes {new} pages, {free} of {self.pages.shape[0]} are free; delete an "
                 "adapter first, or give the bank more pages."
             )
-        if count > length:
-            self.slot_pages = nn.functional.pad(self.slot_pages, (0, count - length), value=-1)
-            self.slot_weights = nn.functional.pad(self.slot_weights, (0, count - length))
+        if count <= length and new <= free:
+            return
+        more = max(count - length, 0)
+        grown = {
+            "pages": self.pages,
+            "slot_pages": nn.functional.pad(self.slot_pages, (0, more), value=-1),
+            "slot_weights": nn.functional.pad(self.slot_weights, (0, more)),
+        }
         if new > free:
             old = self.pages.shape[0]
-            grown = self.pages.new_zeros(old + new - free, self.pages.shape[1])
-            grown[:old] = self.pages
-            self._free += range(old, grown.shape[0])
-            self.pages = grown
+            grown["pages"] = self.pages.new_zeros(old + new - free, self.pages.shape[1])
+            grown["pages"][:old] = self.pages
+            self._free += range(old, grown["pages"].shape[0])
+        # One assignment: a call in another thread has either all of the old tensors or all of the new ones. The old
+        # ones are not written to any more.
+        self._buffers = grown
 
     def _apply(self, fn, recurse=True):
         # Moves between devices only: `.half()` of a model must not round slot weights.
         device = fn(torch.empty(0, device=self.pages.device)).device
-        for name in ("pages", "slot_pages", "slot_weights"):
-            setattr(self, name, getattr(self, name).to(device))
+        self._buffers = {name: tensor.to(device) for name, tensor in self._buffers.items()}
         return self
+
+
+def _runs(pages: list[int]) -> list[tuple[int, int]]:
+    """Positions (first, last) of neighbours that follow each other."""
+    ends = [i for i in range(len(pages)) if i + 1 == len(pages) or pages[i + 1] != pages[i] + 1]
+    return list(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
+
+
+def _staged(values: Tensor, target: Tensor) -> Tensor:
+    """Pinned where they are to be copied to a GPU, so that the copy need not be waited for."""
+    return values.pin_memory() if target.is_cuda and values.device.type == "cpu" else values
+
+
+class VectorTable(nn.Module):
+    """A bias or norm of every slot, personalised: one row each, in the base's dtype, and the base's own at the end,
+    where slot -1 finds it. Dense, because a vector is small and is then used as the base's would be.
+
+    Attributes:
+        values: ``[S + 1, n]``.
+
+    Args:
+        base: the base's parameter ``[n]``.
+        num_slots: S.
+    """
+
+    values: Tensor
+
+    @torch.inference_mode(False)
+    def __init__(self, base: Tensor, num_slots: int) -> None:
+        super().__init__()
+        self.register_buffer("values", base.detach().repeat(num_slots + 1, 1), persistent=False)
+        self.deltas: dict[int, Delta] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def nbytes_of(self, slot: int) -> int:
+        """Bytes of a slot's row, and of the codes that it was made from."""
+        return self.values[0].nbytes + self.deltas[slot].nbytes if slot in self.deltas else 0
+
+    @torch.inference_mode(False)
+    def load(self, slot: int, delta: Delta) -> None:
+        """Personalise a slot's row."""
+        base = self.values[-1]
+        wide = torch.promote_types(base.dtype, torch.float32)
+        self.values[slot] = base.to(wide) + delta.dequantize(wide).to(base.device)
+        self.deltas[slot] = delta
+
+    def share(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
+        """The weighted sum of other slots' deltas."""
+        mixed = mix("vector", [(weight, self.deltas.get(member)) for member, weight in members])
+        if mixed is not None:
+            self.load(slot, mixed)
+
+    @torch.inference_mode(False)
+    def evict(self, slot: int) -> None:
+        if self.deltas.pop(slot, None) is not None:
+            self.values[slot] = self.values[-1]

@@ -317,6 +317,20 @@ class PageLayout:
         rows = self.v_tiles(pages).transpose(1, 2).flatten(2)  # [P, 16, bytes]
         return _dequantize_rows(rows, self.v_levels(pages).to(dtype))[:, : self.k]
 
+    def coefficients(
+        self, ids: Tensor, pages: Tensor, slot_pages: Tensor, slot_weights: Tensor, slot_ids: Tensor
+    ) -> Tensor:
+        """What the rows of V are multiplied with to give rows ``ids`` of the delta, float32 ``[M, L, 16]``: rows of U
+        times scales and weights, without unpacking the others. Zero for unused entries and for slot -1."""
+        slots = slot_ids.clamp_min(0)
+        listed = slot_pages[slots]
+        weights = slot_weights[slots].masked_fill((listed < 0) | (slot_ids < 0)[:, None], 0.0)
+        listed = listed.clamp_min(0).long()
+        words = self.u_tiles(pages).flatten(1, 2)[listed, ids[:, None]]  # [M, L, 4]
+        codes = unpack(words, PAGE_RANKS).long()
+        u = self.u_levels(pages)[listed].gather(2, codes)
+        return u * self.s(pages)[listed] * weights[..., None]
+
 
 def _dequantize_rows(packed: Tensor, levels: Tensor) -> Tensor:
     """Like `dequantize` for rows in groups that each have their own levels.
@@ -383,51 +397,6 @@ def from_pages(layout: PageLayout, pages: Tensor, weights: Tensor) -> DeltaSum:
         )
         for page in range(pages.shape[0])
     )
-    return DeltaSum(tuple(terms))
-
-
-@dataclass(frozen=True)
-class VectorPageLayout:
-    """Byte offsets within the page of a coded vector: ``levels`` float32 [4], then ``ceil(n / 4)`` bytes of codes."""
-
-    n: int
-
-    CODES_OFFSET = 4 * NUM_LEVELS
-    PAGE_ALIGN = 16
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one page."""
-        return _round_up(self.CODES_OFFSET + packed_size(self.n), self.PAGE_ALIGN)
-
-    def levels(self, pages: Tensor) -> Tensor:
-        """float32 view ``[P, 4]`` of uint8 ``pages [P, nbytes]``."""
-        return pages[:, : self.CODES_OFFSET].view(torch.float32)
-
-    def codes(self, pages: Tensor) -> Tensor:
-        """uint8 view ``[P, ceil(n / 4)]``."""
-        return pages[:, self.CODES_OFFSET : self.CODES_OFFSET + packed_size(self.n)]
-
-    def values(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
-        """The vectors ``[P, n]``."""
-        return _dequantize_rows(self.codes(pages).unsqueeze(1), self.levels(pages).to(dtype))[:, : self.n]
-
-
-def to_vector_pages(vector: CodedVector | DeltaSum) -> Tensor:
-    """uint8 ``[P, VectorPageLayout(numel).nbytes]``, a page for each term."""
-    if isinstance(vector, DeltaSum):
-        return torch.cat([to_vector_pages(term) for term in vector.terms])
-    layout = VectorPageLayout(vector.numel)
-    page = torch.zeros(1, layout.nbytes, dtype=torch.uint8, device=vector.codes.device)
-    layout.levels(page)[:] = vector.levels
-    layout.codes(page)[:] = vector.codes
-    return page
-
-
-def from_vector_pages(layout: VectorPageLayout, pages: Tensor, weights: Tensor, shape: tuple[int, ...]) -> DeltaSum:
-    """Like `from_pages`, for vectors: uint8 ``pages [P, nbytes]``, float32 ``weights [P]``."""
-    codes, levels = layout.codes(pages), layout.levels(pages)
-    terms = (CodedVector(codes[i].clone(), levels[i] * weights[i], shape) for i in range(pages.shape[0]))
     return DeltaSum(tuple(terms))
 
 

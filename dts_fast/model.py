@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .adapter_file import (
-    CARD_NAME,
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    Adapter,
-    Parameter,
-    load_adapter,
-    locate_adapter,
-)
+from .adapter_file import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Adapter, load_adapter, locate_adapter
+from .arenas import Arenas
 from .atomic import staged_directory
-from .bank import BASE, Bank, SlotTable
+from .attach import LiveModel, Owned
+from .bank import Bank, VectorTable
 from .characteristic import characteristic_of
-from .checkpoint import Checkpoint, common_prefix
-from .errors import BaseMismatchError, CheckpointError, DTSError
-from .fingerprint import Elements, check_fingerprint
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, DTSError
+from .hub import push_adapter
 from .mixture import check_weights, select, similarity_weights
-from .nn import DTSModule, wrap
+from .nn import BankedModule, DTSModule, wrap
 from .prepack import PackedLinear, no_kernels
-from .routing import current_route, route
+from .residency import Residency
+from .routing import Lease, current_route, route
+from .slots import BASE, SlotTable
 
 DEFAULT_ADAPTER = "default"
 
@@ -39,33 +37,52 @@ class DTSModel(nn.Module):
 
     The model's own modules stay in memory once; layers that an adapter changes are wrapped in place.
 
+    Adapters may be loaded, replaced and deleted while other threads run the model: a call sees each of its adapters
+    whole, as it was when the call began.
+
     Args:
         model: a `transformers` model, or any module whose parameters carry the checkpoint's names.
-        max_adapters: how many adapters may be loaded at a time.
+        max_adapters: how many adapters may be in memory at a time.
+        max_rank: fixes the memory for adapters, so that loading never allocates and compiled models and CUDA graphs
+            stay valid: every adapter may take this rank in every layer.
+        max_bytes: fixes the memory likewise, to so many bytes: the first adapter divides them among the layers, in the
+            proportions of its own ranks, and in one layer no other may take more than twice its pages.
+        eviction: ``"lru"`` lets the least recently used adapter go where room is needed; its name stays known, and a
+            call that uses it loads it again. None refuses the load.
         prepack: keep the weights of the linear layers that adapters change in the order in which the CPU kernels read
             them, see `DTSLinear`; tied ones stay as they are. Nothing of the caller's may hold those parameters.
     """
 
-    def __init__(self, model: nn.Module, max_adapters: int = 8, *, prepack: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        max_adapters: int = 8,
+        *,
+        max_rank: int | None = None,
+        max_bytes: int | None = None,
+        eviction: str | None = None,
+        prepack: bool = False,
+    ) -> None:
         super().__init__()
         if prepack and no_kernels() is not None:
             raise DTSError(f"prepack: {no_kernels()}. Leave prepack off.")
+        if eviction not in (None, "lru"):
+            raise DTSError(f"eviction: expected None or 'lru', got {eviction!r}.")
         self.prepack = prepack
         self.model = model
         self.slots = SlotTable(max_adapters)
         self.adapter_configs: dict[str, Mapping[str, object]] = {}
-        self._sources: dict[str, Path] = {}
-        # Before anything is wrapped: the checkpoint's names are those of the bare model. Tied parameters have
-        # several names.
-        self._modules_by_path = dict(model.named_modules(remove_duplicate=False))
-        self._aliases = _aliases(model)
-        self._names_in_checkpoint = _names_in_checkpoint(model)
+        self._sources: dict[str, _Source] = {}
+        # Before anything is wrapped: the checkpoint's names are those of the bare model.
+        self._live = LiveModel(model)
         self._wrappers: dict[str, DTSModule] = {}
+        self._arenas = Arenas(max_adapters, max_rank, max_bytes)
+        self._residency = Residency(self.slots, self._wrappers, eviction == "lru")
         # generate() calls an encoder by itself.
         encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
         self._hooks = []
         for module in {id(m): m for m in (model, encoder) if isinstance(m, nn.Module)}.values():
-            self._hooks.append(module.register_forward_pre_hook(_enter_batch, with_kwargs=True))
+            self._hooks.append(module.register_forward_pre_hook(self._enter_batch, with_kwargs=True))
             self._hooks.append(module.register_forward_hook(_leave_batch, always_call=True))
 
     def __getattr__(self, name: str):
@@ -85,6 +102,9 @@ class DTSModel(nn.Module):
         adapter_name: str = DEFAULT_ADAPTER,
         *,
         max_adapters: int = 8,
+        max_rank: int | None = None,
+        max_bytes: int | None = None,
+        eviction: str | None = None,
         prepack: bool = False,
         verify_base: bool = True,
         **model_kwargs: object,
@@ -95,7 +115,7 @@ class DTSModel(nn.Module):
             base_model: a loaded model, or a directory, ``.safetensors`` file or hub id. From a path, the model class
                 is the one the fine-tune had, so that its head is there.
             adapter: adapter directory or hub id.
-            max_adapters, prepack: see `DTSModel`.
+            max_adapters, max_rank, max_bytes, eviction, prepack: see `DTSModel`.
             verify_base: see `load_adapter`.
             model_kwargs: for the ``from_pretrained`` of transformers (``dtype``, ``device_map``, ...).
 
@@ -106,38 +126,54 @@ class DTSModel(nn.Module):
         loaded = load_adapter(adapter)
         if not isinstance(base_model, nn.Module):
             base_model = _load_base(base_model, loaded.config["model_config"], model_kwargs)
-        model = cls(base_model, max_adapters, prepack=prepack)
+        model = cls(
+            base_model, max_adapters, max_rank=max_rank, max_bytes=max_bytes, eviction=eviction, prepack=prepack
+        )
         try:
             model._attach(loaded, adapter_name, verify_base)
         except BaseException:
             model._remove_hooks()
             raise
-        model._sources[adapter_name] = locate_adapter(adapter)
+        model._sources[adapter_name] = _Source.of(locate_adapter(adapter))
         model.set_adapter(adapter_name)
         return model
 
-    def load_adapter(self, adapter: str | Path, adapter_name: str, *, verify_base: bool = True) -> None:
-        """Load one more adapter; the active one stays.
+    def load_adapter(
+        self, adapter: str | Path, adapter_name: str, *, replace: bool = False, verify_base: bool = True
+    ) -> None:
+        """Load one more adapter; the active one stays. Other threads go on meanwhile.
 
         Args:
             adapter: adapter directory or hub id.
             adapter_name: what `set_adapter` and ``adapter_names`` will call it.
+            replace: whether the name may be an adapter's that is loaded. Calls that run end with the old one, later
+                ones have the new one.
             verify_base: compare the base's weights with the adapter's fingerprint; turn it off for a base whose
                 weights are not in memory.
 
         Raises:
             AdapterFormatError: the adapter is damaged or of an unknown version.
-            BaseMismatchError: it was made for another base. Nothing is loaded.
-            CapacityError: all slots are taken.
+            BaseMismatchError: it was made for another base.
+            CapacityError: there is no room.
             DTSError: the name is taken.
+
+        Whatever is raised, nothing has changed.
         """
-        self._attach(load_adapter(adapter), adapter_name, verify_base)
-        self._sources[adapter_name] = locate_adapter(adapter)
+        if not (replace and adapter_name in self.slots.names):
+            self.slots.check_new(adapter_name)
+        source = _Source.of(locate_adapter(adapter))
+        self._attach(load_adapter(adapter), adapter_name, verify_base, replace)
+        self._sources[adapter_name] = source
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names of the loaded adapters."""
+        """Names of the adapters that can be used, evicted ones too."""
         return self.slots.names
+
+    @property
+    def resident_adapters(self) -> list[str]:
+        """Names of the adapters in memory, the least recently used first."""
+        return self.slots.resident
 
     @property
     def active_adapter(self) -> str:
@@ -149,20 +185,40 @@ class DTSModel(nn.Module):
         Raises:
             UnknownAdapterError: no such adapter; the message lists those there are.
         """
-        self.slots.slot(adapter_name)
+        self.slots.check(adapter_name)
         self.slots.active = adapter_name
 
+    def pin_adapter(self, adapter_name: str) -> None:
+        """Keep an adapter in memory whatever is loaded, after loading it again where it was evicted.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+            CapacityError: there is no room for it.
+        """
+        self.slots.pin(adapter_name)
+        self.slots.end_lease(self._lease([adapter_name]).values())
+
+    def unpin_adapter(self, adapter_name: str) -> None:
+        """Allow that an adapter is evicted again.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+            DTSError: a mixture, which could not be loaded again.
+        """
+        self.slots.check(adapter_name)
+        if adapter_name not in self._sources:
+            raise DTSError(f"{adapter_name!r} is a mixture, which no file holds: it stays until it is deleted.")
+        self.slots.pin(adapter_name, False)
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Free an adapter's slot and pages.
+        """Forget an adapter and free its slot and pages, as soon as the calls that use it have ended.
 
         Raises:
             UnknownAdapterError: no such adapter.
         """
-        slot = self.slots.release(adapter_name)
-        del self.adapter_configs[adapter_name]
+        self.slots.release(adapter_name, self._residency.clear)
+        self.adapter_configs.pop(adapter_name, None)
         self._sources.pop(adapter_name, None)  # a mixture has none
-        for wrapper in self._wrappers.values():
-            wrapper.clear_slot(slot)
 
     def add_weighted_adapter(
         self,
@@ -173,8 +229,8 @@ class DTSModel(nn.Module):
         characteristic: Tensor | None = None,
     ) -> dict[str, float]:
         """Add the weighted sum of loaded adapters as one more adapter (the paper's variant for unseen tasks). It is
-        exact, and takes no memory for matrices and biases: its slot lists the members' pages, and keeps them when the
-        members are deleted.
+        exact, and takes no memory for matrices: its slot lists the members' pages, and keeps them when the members are
+        deleted. It is not evicted.
 
         Args:
             adapters: names of loaded adapters.
@@ -191,23 +247,21 @@ class DTSModel(nn.Module):
             CapacityError, DTSError: no free slot, a taken name, weights that do not fit, an adapter without
                 characteristic, parameters that cannot be mixed. Nothing is added.
         """
-        slots = {name: self.slots.slot(name) for name in adapters}
+        for name in adapters:
+            self.slots.check(name)
         if (weights is None) == (characteristic is None):
             raise DTSError("add_weighted_adapter() takes exactly one of weights and characteristic.")
         if weights is None:
-            chosen = similarity_weights(characteristic, self._characteristics(slots))
+            chosen = similarity_weights(characteristic, self._characteristics(adapters))
         else:
             chosen = dict(zip(adapters, check_weights(adapters, weights), strict=True))
-        slot = self.slots.free_slot(adapter_name)
-        members = [(slots[name], weight) for name, weight in chosen.items() if slots[name] >= 0]
+        self.slots.check_new(adapter_name)
+        slots = self._lease(adapters)
         try:
-            for wrapper in self._wrappers.values():
-                wrapper.mix_slots(slot, members)
-        except BaseException:
-            for wrapper in self._wrappers.values():
-                wrapper.clear_slot(slot)
-            raise
-        self.slots.occupy(adapter_name, slot)
+            members = [(slots[name], weight) for name, weight in chosen.items() if slots[name] >= 0]
+            self._residency.mix(adapter_name, members, keep=adapters)
+        finally:
+            self.slots.end_lease(slots.values())
         self.adapter_configs[adapter_name] = {"members": list(chosen.items())}
         return chosen
 
@@ -242,6 +296,14 @@ class DTSModel(nn.Module):
         with self._routed(adapter_names, expandable=True):
             return self.model.generate(*args, **kwargs)
 
+    def compile(self, *args: object, **kwargs: object) -> None:
+        """Compile the model's forward in place, as `torch.nn.Module.compile` (arguments are `torch.compile`'s). One
+        graph serves all adapters: which of them a row uses is an input of it. That loading does not change what it
+        reads, construct with ``max_rank`` or ``max_bytes``; and load first what changes the same parameters as the
+        others do (a new kind, say biases, adds a step to the graph). Heads stored whole are compiled for each adapter.
+        """
+        self.model.compile(*args, **kwargs)
+
     def merge_and_unload(self, adapter_name: str | None = None) -> nn.Module:
         """Add one adapter to the base's weights (in their dtype) and return the bare model.
 
@@ -250,16 +312,20 @@ class DTSModel(nn.Module):
 
         Raises:
             UnknownAdapterError: no such adapter.
+            DTSError: the adapter changes a quantised weight, which could only hold the sum rounded anew. Nothing is
+                merged.
         """
-        slot = self.slots.slot(adapter_name or self.slots.active)
-        layers = [wrapper.bare_layer() for wrapper in self._wrappers.values()]
+        name = adapter_name or self.slots.active
+        slot = self._lease([name])[name]
         # All are computed before any is written: layers with tied weights share a parameter.
         merged = [wrapper.dense_parameters(slot) for wrapper in self._wrappers.values()]
+        layers = [wrapper.bare_layer() for wrapper in self._wrappers.values()]
         for layer, parameters in zip(layers, merged, strict=True):
             for name, value in parameters.items():
                 layer.get_parameter(name).data = value
         for path in list(self._wrappers):
-            self._put(path, self._wrappers.pop(path).base_layer)
+            self._live.put(path, self._wrappers.pop(path).base_layer)
+        self.model = self._live.root
         for name in self.slots.names:
             self.slots.release(name)
         self.adapter_configs.clear()
@@ -274,157 +340,178 @@ class DTSModel(nn.Module):
         Raises:
             DTSError: an adapter's files are gone from where they were loaded, or a target cannot be written.
         """
-        for name, source in self._sources.items():
+        for name, source in list(self._sources.items()):
             with staged_directory(Path(path) / name, overwrite=True, marker=CONFIG_NAME) as staging:
-                for file in source.iterdir():
+                for file in source.folder.iterdir():
                     if file.name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
                         shutil.copyfile(file, staging / file.name)
 
     def memory_report(self) -> dict[str, object]:
-        """Bytes in memory: ``base`` (the model's own parameters, each once), ``adapters`` by name (what each uses;
-        mixtures use their members' pages), and ``reserved``: the arenas, with what is free in them, and tensors that
-        are stored whole."""
-        banks = [bank for wrapper in self._wrappers.values() for bank in wrapper.modules() if isinstance(bank, Bank)]
-        stored = [p for wrapper in self._wrappers.values() for held in wrapper.stored.values() for p in held.values()]
+        """Bytes in memory: ``base`` (the model's own parameters, each once), ``adapters`` by name (what each uses of
+        pages and rows; mixtures use their members' pages, evicted ones nothing), and ``reserved``: the arenas and
+        tables, with what is free in them, and tensors that are stored whole."""
+        wrappers = list(self._wrappers.values())
+        tables = [m for wrapper in wrappers for m in wrapper.modules() if isinstance(m, (Bank, VectorTable))]
+        stored = [p for wrapper in wrappers for held in wrapper.stored.values() for p in held.values()]
         own = {id(t): t.nbytes for t in self.model.parameters()}
         # Packed weights are buffers, and no bank's.
         own |= {id(m.packed): m.packed.nbytes for m in self.model.modules() if isinstance(m, PackedLinear)}
+        resident = self.slots.resident
         return {
             "base": sum(own.values()),
             "adapters": {
-                name: sum(wrapper.nbytes_of(self.slots.slot(name)) for wrapper in self._wrappers.values())
+                name: sum(w.nbytes_of(self.slots.slot(name)) for w in wrappers) if name in resident else 0
                 for name in self.slots.names
             },
-            "reserved": sum(bank.nbytes for bank in {id(bank): bank for bank in banks}.values())
-            + sum(parameter.nbytes for parameter in stored),
+            "reserved": sum(table.nbytes for table in {id(table): table for table in tables}.values())
+            + sum({id(p): p.nbytes for p in stored}.values()),
         }
 
-    def push_to_hub(self, *args: object, **kwargs: object) -> None:
-        """Refused: what is worth sharing are the adapters, see `save_pretrained`."""
-        raise DTSError("a DTSModel is not pushed as a whole; push the adapter directories that save_pretrained writes.")
+    def push_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: object) -> str:
+        """Upload an adapter's files (the base stays where it is) to a repository of its own.
+
+        Args:
+            repo_id: ``user/name``.
+            adapter_name: the active one if None.
+            kwargs: see `hub.push_adapter`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+            DTSError: the base, a mixture (`fuse` writes those as files), or what the hub refuses.
+        """
+        name = adapter_name or self.slots.active
+        self.slots.check(name)
+        if name not in self._sources:
+            kind = "the base" if name == BASE else "a mixture in memory; write it with dts-fast fuse"
+            raise DTSError(f"push_to_hub: {name!r} has no files of its own: it is {kind}.")
+        return push_adapter(self._sources[name].folder, repo_id, **kwargs)
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _routed(self, adapter_names, expandable: bool = False):
-        if adapter_names is None:
-            return nullcontext()
-        chosen = route(adapter_names, expandable=expandable)
-        for name in {adapter_names} if isinstance(adapter_names, str) else set(chosen.adapter_names):
-            self.slots.slot(name)  # an unknown name is refused before anything runs
-        return chosen
+    def _lease(self, names: Iterable[str]) -> dict[str, int]:
+        return self._residency.lease(names, self._load_again)
 
-    def _attach(self, adapter: Adapter, adapter_name: str, verify_base: bool) -> None:
-        slot = self.slots.free_slot(adapter_name)
-        strip, add = common_prefix(self._names_in_checkpoint, adapter.parameters)
-        live = {add + name.removeprefix(strip): own for name, own in self._names_in_checkpoint.items()}
-        of_live = {own: name for name, own in live.items()}
-        missing = [name for name in adapter.deltas if name not in live]
-        if missing:
-            raise BaseMismatchError(
-                f"the model has no parameters for {len(missing)} of {len(adapter.parameters)} entries of the adapter "
-                f"(first: {missing[0]}). Expected {adapter.config['base_model_name_or_path']}, got "
-                f"{type(self.model).__name__}."
-            )
-        owners: dict[str, dict[str, Parameter]] = {}
-        for name, parameter in adapter.parameters.items():
-            if name not in live:
-                warnings.warn(
-                    f"{type(self.model).__name__} has no parameter {name!r}, which the adapter stores whole; it is "
-                    "not used. Load the base by its path to get the fine-tune's model class.",
-                    stacklevel=3,
-                )
-                continue
-            for path, leaf in self._owners(live[name]):
-                # Where the fine-tune has untied what the base ties, each alias has an entry of its own.
-                alias = of_live.get(f"{path}.{leaf}", name)
-                if alias == name or alias not in adapter.parameters:
-                    owners.setdefault(path, {})[leaf] = parameter
-        for path, parameters in owners.items():
-            (self._wrappers.get(path) or DTSModule(self._modules_by_path[path], slots=self.slots)).check_parameters(
-                parameters
-            )
-        if verify_base:
-            current = _LiveParameters(self._modules_by_path, {name: live[name] for name in adapter.deltas})
-            check_fingerprint(
-                str(adapter.config["base_fingerprint"]), current, str(adapter.config["base_model_name_or_path"])
-            )
-        loaded = []
+    @contextmanager
+    def _routed(self, adapter_names: str | Sequence[str] | None, expandable: bool = False) -> Iterator[None]:
+        """A route whose adapters stay what they are until it ends."""
+        if adapter_names is None and current_route() is not None:
+            yield  # an outer one of the user's
+            return
+        names = self.slots.active if adapter_names is None else adapter_names
+        chosen = route(names, expandable=expandable)
+        distinct = [names] if isinstance(names, str) else chosen.adapter_names
+        slots = self._lease(distinct)
         try:
-            for path, parameters in owners.items():
-                if path not in self._wrappers:
-                    # Heads that come whole with an adapter are not the base's to compute with.
-                    prepack = (
-                        self.prepack and not self._is_tied(path) and not isinstance(parameters.get("weight"), Tensor)
-                    )
-                    wrapper = wrap(self._modules_by_path[path], self.slots, path, prepack=prepack)
-                    self._wrappers[path] = wrapper
-                    self._put(path, wrapper)
-                loaded.append(self._wrappers[path])
-                self._wrappers[path].load_slot(slot, parameters)
-        except BaseException:  # whatever stopped it, the slot must not keep a part of the adapter
-            for wrapper in loaded:
-                wrapper.clear_slot(slot)
-            raise
-        self.slots.occupy(adapter_name, slot)
-        self.adapter_configs[adapter_name] = adapter.config
+            with route(names, expandable=expandable, lease=Lease(self.slots, slots, self._device())):
+                yield
+        finally:
+            self.slots.end_lease(slots.values())
 
-    def _owners(self, name: str) -> list[tuple[str, str]]:
-        """Modules that use a parameter, with its name in each: several where weights are tied."""
-        owners = []
-        for alias in self._aliases[name]:
-            path, _, leaf = alias.rpartition(".")
-            parent, _, child = path.rpartition(".")
-            # MultiheadAttention reads its projection's weight without calling it: a wrapper there is never asked.
-            if isinstance(self._modules_by_path.get(parent), nn.MultiheadAttention):
-                path, leaf = parent, f"{child}.{leaf}"
-            # A module that stands at several paths is wrapped once, under the first.
-            module = self._modules_by_path[path]
-            first = next(p for p, m in self._modules_by_path.items() if m is module)
-            if (first, leaf) not in owners:
-                owners.append((first, leaf))
-        return owners
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
-    def _is_tied(self, path: str) -> bool:
-        return len(self._aliases.get(f"{path}.weight", ())) > 1
+    def _enter_batch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # What a model is called with tells the true number of rows, which its inner inputs would not: generate()
+        # multiplies the batch for beams, position ids are shared by all rows, and some models flatten tokens.
+        if torch.compiler.is_compiling():
+            return
+        current = current_route()
+        names = self.slots.active if current is None else current.adapter_names
+        lease = None if current is None else current.lease
+        own = lease is not None and lease.table is self.slots
+        if isinstance(current, _BatchRoute) or (own and isinstance(names, str)):
+            return
+        if not isinstance(names, str):
+            tensors = (*args, *(kwargs.get(name) for name in _MAIN_INPUTS))
+            main = next((t for t in tensors if isinstance(t, Tensor)), None)
+            if main is None:
+                return
+            names = current.names_for(main.shape[0])
+        if not own:
+            slots = self._lease([names] if isinstance(names, str) else names)
+            lease = Lease(self.slots, slots, self._device())
+        _BatchRoute(names, module, lease, ends=not own).__enter__()
 
-    def _put(self, path: str, module: nn.Module) -> None:
-        """Put a module in the place of the one that had this path in the bare model."""
-        original = self._modules_by_path[path]
-        for place in [p for p, m in self._modules_by_path.items() if m is original]:
-            parent, _, child = place.rpartition(".")
-            if place:
-                setattr(self._modules_by_path[parent], child, module)
-            else:
-                self.model = module
+    def _load_again(self, name: str, keep: Iterable[str]) -> None:
+        """Load an adapter that was evicted."""
+        source = self._sources.get(name)
+        if source is None or name in self.slots.resident:
+            return  # deleted meanwhile, or loaded by another thread
+        adapter = load_adapter(source.folder, verify_checksum=source != _Source.of(source.folder))
+        self._attach(adapter, name, verify_base=False, replace=True, keep=keep)
 
+    def _attach(
+        self, adapter: Adapter, name: str, verify_base: bool, replace: bool = False, keep: Iterable[str] = ()
+    ) -> None:
+        owned, live = self._live.owners(adapter)
+        for path, parameters in owned.items():
+            own = self._wrappers.get(path) or DTSModule(self._live.modules[path], slots=self.slots)
+            own.check_parameters(parameters)
+        if verify_base:
+            self._live.check_base(adapter, live)
+        with self.slots.loading:
+            self._wrap(owned)
+        self._residency.load(name, [(self._wrappers[path], p) for path, p in owned.items()], replace, keep)
+        self.adapter_configs[name] = adapter.config
 
-# What a model is called with tells the true number of rows, which its inner inputs would not: generate() multiplies the
-# batch for beams, position ids are shared by all rows, and some models flatten tokens.
+    def _wrap(self, owned: Owned) -> None:
+        """Put wrappers in the place of layers that an adapter is the first to change."""
+        new = {path: parameters for path, parameters in owned.items() if path not in self._wrappers}
+        arenas = self._arenas.of(self._live.modules, new)
+        made, slow = {}, []
+        for path, parameters in new.items():
+            # Heads that come whole with an adapter are not the base's to compute with.
+            whole = isinstance(parameters.get("weight"), Tensor)
+            prepack = self.prepack and not self._live.is_tied(path) and not whole
+            wrapper = wrap(self._live.modules[path], self.slots, path, arena=arenas.get(path), prepack=prepack)
+            made[path] = wrapper
+            if type(wrapper) is DTSModule and not whole and wrapper.batch_first:
+                slow.append(f"{path} ({type(self._live.modules[path]).__name__})")
+        self._wrappers.update(made)
+        self._share_banks(owned, new)
+        for path, wrapper in made.items():
+            self._live.put(path, wrapper)
+        self.model = self._live.root
+        if slow:
+            warnings.warn(
+                f"no fast path for {', '.join(slow)}: a batch runs them once for each of its adapters. To leave them "
+                "at the base, compress with --exclude.",
+                stacklevel=4,
+            )
+
+    def _share_banks(self, owned: Owned, new: Collection[str]) -> None:
+        """Layers with tied weights keep the adapters' deltas once, unless a fine-tune has untied them."""
+        for path in owned:
+            for other in self._live.tied_to(path):
+                mine, others = self._wrappers.get(path), self._wrappers.get(other)
+                if not (isinstance(mine, BankedModule) and isinstance(others, BankedModule)):
+                    continue
+                same = owned[path].get("weight") is owned.get(other, {}).get("weight")
+                if mine.bank is others.bank and not same:
+                    mine.bank = copy.deepcopy(others.bank)
+                elif mine.layout == others.layout and same and path in new and other in new:
+                    mine.bank = others.bank
 
 
 class _BatchRoute(route):
     """The route of one call of a model, one name for each of its rows; the route it came from lies below it."""
 
-    def __init__(self, names: Sequence[str], owner: nn.Module) -> None:
-        super().__init__(names, flattened=True)
-        self.owner = owner
-
-
-def _enter_batch(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    current = current_route()
-    if current is None or isinstance(current, _BatchRoute) or isinstance(current.adapter_names, str):
-        return
-    main = next((t for t in (*args, *(kwargs.get(name) for name in _MAIN_INPUTS)) if isinstance(t, Tensor)), None)
-    if main is not None:
-        _BatchRoute(current.names_for(main.shape[0]), module).__enter__()
+    def __init__(self, names: str | Sequence[str], owner: nn.Module, lease: Lease, ends: bool) -> None:
+        super().__init__(names, flattened=True, lease=lease)
+        self.owner, self.ends = owner, ends
 
 
 def _leave_batch(module: nn.Module, args: tuple, output: object) -> None:
     current = current_route()
     if isinstance(current, _BatchRoute) and current.owner is module:
         current.__exit__()
+        if current.ends:
+            current.lease.table.end_lease(current.lease.slots.values())
 
 
 _MAIN_INPUTS = (
@@ -437,56 +524,18 @@ _MAIN_INPUTS = (
 )
 
 
-def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Every parameter's name to all names of the same parameter: several where weights are tied."""
-    names: dict[int, list[str]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        names.setdefault(id(parameter), []).append(name)
-    return {name: tuple(names[id(parameter)]) for name, parameter in parameters.items()}
+@dataclass(frozen=True)
+class _Source:
+    """The files of an adapter, and what tells whether they are still those that were checked."""
 
+    folder: Path
+    stamp: tuple[int, int]
 
-class _LiveParameters(Mapping):
-    """The base's parameters by their names in an adapter, for `check_fingerprint`: a packed one is the layer itself."""
-
-    def __init__(self, modules: Mapping[str, nn.Module], names: Mapping[str, str]) -> None:
-        self.modules, self.names = modules, names
-
-    def __getitem__(self, name: str) -> Tensor | Elements:
-        path, _, leaf = self.names[name].rpartition(".")
-        module = self.modules[path]
-        return module if isinstance(module, PackedLinear) and leaf == "weight" else module.get_parameter(leaf)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def _names_in_checkpoint(model: nn.Module) -> dict[str, str]:
-    """The name each parameter has in a checkpoint of this model, to its name in the model.
-
-    The two differ where transformers renames on loading (ViT's ``encoder.layer.0.attention...query`` is
-    ``layers.0.attention.q_proj`` in memory); it can tell what saving would turn a state dict into.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = {name: name for name in parameters}
-    try:
-        from transformers import PreTrainedModel
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # no transformers, or a release that does not rename
-        return names
-    if not isinstance(model, PreTrainedModel):
-        return names
-    # Tied parameters are one tensor under several names; a view of each keeps the names apart.
-    views = {name: parameter.detach() for name, parameter in parameters.items()}
-    own_name = {id(view): name for name, view in views.items()}
-    for name, view in revert_weight_conversion(model, views).items():
-        if id(view) in own_name:  # a tensor that saving would split or fuse has no single name
-            names.pop(own_name[id(view)], None)
-            names[name] = own_name[id(view)]
-    return names
+    @classmethod
+    def of(cls, folder: Path) -> _Source:
+        file = folder / WEIGHTS_NAME
+        status = file.stat() if file.is_file() else None
+        return cls(folder, (status.st_mtime_ns, status.st_size) if status else (0, 0))
 
 
 def _load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:

@@ -20,6 +20,7 @@ _BANK = "Tensor pages, Tensor slot_pages, Tensor slot_weights, Tensor slot_ids"
 _LIBRARY.define(f"linear(Tensor x, Tensor weight, Tensor? bias, {_BANK}) -> Tensor")
 _LIBRARY.define(f"packed_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, {_BANK}) -> Tensor")
 _LIBRARY.define(f"add_delta_(Tensor(a!) y, Tensor x, {_BANK}, *, bool transpose=False) -> ()")
+_LIBRARY.define(f"embedding_delta(Tensor ids, SymInt n, SymInt k, {_BANK}) -> Tensor")
 # Of csrc/cuda, called by gpu.py with checked arguments: y = x W^T + bias + delta, or y += delta without a weight.
 _LIBRARY.define(f"decode_(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, {_BANK}) -> ()")
 
@@ -109,6 +110,30 @@ def add_delta_(
     torch.ops.dts_fast.add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids, transpose=transpose)
 
 
+def embedding_delta(
+    ids: Tensor,
+    layout: PageLayout,
+    pages: Tensor,
+    slot_pages: Tensor,
+    slot_weights: Tensor,
+    slot_ids: Tensor,
+) -> Tensor:
+    """Rows ``ids`` of the delta of an embedding table ``[N, K]``, each in its own slot: ``(U[ids] * s) V^T``.
+
+    Args:
+        ids: int64 or int32 ``[M]`` in ``0..N-1``.
+        layout: ``PageLayout(N, K)``.
+        slot_ids: int32 ``[M]``; see `linear`, as for the other arguments.
+
+    Returns:
+        float32 ``[M, K]``; zero where the slot is -1.
+
+    Raises:
+        ValueError: see `linear`; an id out of range (checked on the CPU only).
+    """
+    return torch.ops.dts_fast.embedding_delta(ids, layout.n, layout.k, pages, slot_pages, slot_weights, slot_ids)
+
+
 def _check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids) -> None:
     _expect(weight.dim() == 2, "weight", "[N, K]", weight)
     _expect(weight.dtype == x.dtype, "weight", f"dtype of x, {x.dtype}", weight)
@@ -149,9 +174,18 @@ def _check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, transpose)
     _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids)
 
 
+def _check_embedding(ids, n, k, pages, slot_pages, slot_weights, slot_ids) -> None:
+    _expect(ids.dim() == 1 and ids.dtype in (torch.int64, torch.int32), "ids", "int64 or int32 [M]", ids)
+    _check_bank_of(ids, n, k, pages, slot_pages, slot_weights, slot_ids)
+
+
 def _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids) -> None:
-    nbytes = PageLayout(n, k).nbytes
     _expect(x.dtype in DTYPES, "x", "float32, float16 or bfloat16", x)
+    _check_bank_of(x, n, k, pages, slot_pages, slot_weights, slot_ids)
+
+
+def _check_bank_of(x, n, k, pages, slot_pages, slot_weights, slot_ids) -> None:
+    nbytes = PageLayout(n, k).nbytes
     _expect(
         pages.dtype == torch.uint8 and pages.dim() == 2 and pages.shape[1] == nbytes and pages.is_contiguous(),
         "pages",
@@ -231,11 +265,29 @@ def _add_delta_plain(y, x, pages, slot_pages, slot_weights, slot_ids, *, transpo
     reference.add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids, transpose=transpose)
 
 
+def _embedding_delta_plain(ids, n, k, pages, slot_pages, slot_weights, slot_ids):
+    _check_embedding(ids, n, k, pages, slot_pages, slot_weights, slot_ids)
+    _check_slot_range(slot_ids, slot_pages.shape[0])
+    _check_pages(slot_pages, pages.shape[0])
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = (int(v) for v in ids.aminmax())
+        if low < 0 or high >= n:
+            raise ValueError(f"dts_fast: ids: expected 0..{n - 1}, got {low}..{high}.")
+    return reference.embedding_delta(ids, PageLayout(n, k), pages, slot_pages, slot_weights, slot_ids)
+
+
+def _embedding_delta_gpu(ids, n, k, pages, slot_pages, slot_weights, slot_ids):
+    _check_embedding(ids, n, k, pages, slot_pages, slot_weights, slot_ids)
+    return gpu.embedding_delta(ids, PageLayout(n, k), pages, slot_pages, slot_weights, slot_ids)
+
+
 # Below autograd on every device; a kernel registered for one device wins over it.
 _LIBRARY.impl("linear", _linear_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("packed_linear", _packed_linear_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("add_delta_", _add_delta_plain, "CompositeExplicitAutograd")
+_LIBRARY.impl("embedding_delta", _embedding_delta_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear", _linear_gpu, "CUDA")
+_LIBRARY.impl("embedding_delta", _embedding_delta_gpu, "CUDA")
 _LIBRARY.impl("add_delta_", _add_delta_gpu, "CUDA")
 
 
@@ -254,6 +306,12 @@ def _packed_linear_fake(x, weight, bias, out_features, pages, slot_pages, slot_w
 @torch.library.register_fake("dts_fast::add_delta_", lib=_LIBRARY)
 def _add_delta_fake(y, x, pages, slot_pages, slot_weights, slot_ids, *, transpose=False):
     _check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, transpose)
+
+
+@torch.library.register_fake("dts_fast::embedding_delta", lib=_LIBRARY)
+def _embedding_delta_fake(ids, n, k, pages, slot_pages, slot_weights, slot_ids):
+    _check_embedding(ids, n, k, pages, slot_pages, slot_weights, slot_ids)
+    return ids.new_empty(ids.shape[0], k, dtype=torch.float32)
 
 
 def _linear_setup_context(ctx, inputs, output):

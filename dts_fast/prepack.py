@@ -36,15 +36,15 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input.reshape(-1, input.shape[-1])
-        y = self.run(x, *self._no_adapters, slot_ids(-1, x.shape[0], x.device))
+        y = self.run(x, self.bias, *self._no_adapters, slot_ids(-1, x.shape[0], x.device))
         return y.view(*input.shape[:-1], self.out_features)
 
-    def run(self, x: Tensor, *bank: Tensor) -> Tensor:
-        """``ops.packed_linear`` with the tensors of a bank and slot ids ``[M]``, for ``x [M, K]``."""
+    def run(self, x: Tensor, bias: Tensor | None, *bank: Tensor) -> Tensor:
+        """``ops.packed_linear`` with a bias, the tensors of a bank and slot ids ``[M]``, for ``x [M, K]``."""
         dtype = self.packed.dtype
         if not torch.is_autocast_enabled(x.device.type):
-            return ops.packed_linear(x, self.packed, self.bias, self.out_features, *bank)
-        y = ops.packed_linear(x.to(dtype), self.packed, self.bias, self.out_features, *bank)
+            return ops.packed_linear(x, self.packed, bias, self.out_features, *bank)
+        y = ops.packed_linear(x.to(dtype), self.packed, bias, self.out_features, *bank)
         return y.to(torch.get_autocast_dtype(x.device.type))
 
     @torch.inference_mode(False)

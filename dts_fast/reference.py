@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .codes import PAGE_RANKS, PageLayout, VectorPageLayout
+from .codes import PAGE_RANKS, PageLayout
 
 
 def linear(
@@ -90,26 +90,6 @@ def embedding_delta(
         with torch.autocast(ids.device.type, enabled=False):
             out[rows] = (u[:, ids[rows]].t() * s) @ v
     return out
-
-
-def vector_delta(
-    n: int,
-    pages: Tensor,
-    slot_pages: Tensor,
-    slot_weights: Tensor,
-    slot_ids: Tensor,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """The delta of a bias (or any vector of ``n`` elements) for each row: ``[M, n]``, zero where the slot is -1."""
-    layout, (slots, length) = VectorPageLayout(n), slot_pages.shape
-    # Every slot's vector, and zeros at the end, where slot -1 finds them: no loop over what the batch holds.
-    table = torch.zeros(slots + 1, n, dtype=dtype, device=slot_ids.device)
-    if pages.shape[0]:
-        index = slot_pages.clamp_min(0).flatten().long()  # unused entries have weight 0
-        values = layout.values(pages[index], dtype)
-        weights = slot_weights.masked_fill(slot_pages < 0, 0.0).to(dtype)
-        table[:-1] = (values.reshape(slots, length, n) * weights[..., None]).sum(1)
-    return table[slot_ids]
 
 
 def _slot_factors(

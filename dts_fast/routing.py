@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .bank import SlotTable
 from .errors import RoutingError
+from .slots import SlotTable
+
+# One slot for all rows of a batch, or one for each; as a tensor (int32 [1] or [rows]) in graphs that are compiled once
+# for all adapters.
+Slots = int | list[int] | Tensor
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The slots that names have while a call runs (`SlotTable.lease`), and where its model computes."""
+
+    table: SlotTable
+    slots: Mapping[str, int]
+    device: torch.device
 
 
 class _Routes(threading.local):
@@ -33,6 +47,7 @@ class route:  # noqa: N801 (used like a function)
         expandable: generate() may put several neighbouring rows (beams, return sequences) for each name.
         flattened: a matrix ``[B * T, features]`` counts as B rows of T neighbouring entries each, B being the number
             of names (some models flatten tokens before their linear layers).
+        lease: the names' slots, where a model has looked them up for all its layers.
 
     Raises:
         RoutingError: within, a layer's input has another number of rows.
@@ -40,7 +55,12 @@ class route:  # noqa: N801 (used like a function)
     """
 
     def __init__(
-        self, adapter_names: str | Sequence[str], *, expandable: bool = False, flattened: bool = False
+        self,
+        adapter_names: str | Sequence[str],
+        *,
+        expandable: bool = False,
+        flattened: bool = False,
+        lease: Lease | None = None,
     ) -> None:
         if not isinstance(adapter_names, str):
             adapter_names = tuple(adapter_names)
@@ -51,6 +71,12 @@ class route:  # noqa: N801 (used like a function)
                 )
         self.adapter_names = adapter_names
         self.expandable, self.flattened = expandable, flattened
+        self.lease = lease
+        # For compiled graphs, to which names would be constants.
+        self.ids: Tensor | None = None
+        if lease is not None:
+            slots = [lease.slots[n] for n in ([adapter_names] if isinstance(adapter_names, str) else adapter_names)]
+            self.ids = slot_ids(slots, len(slots), lease.device)
 
     def __enter__(self) -> route:
         _ROUTES.stack.append(self)
@@ -81,8 +107,11 @@ def current_route() -> route | None:
     return _ROUTES.stack[-1] if _ROUTES.stack else None
 
 
-def current_slots(table: SlotTable, shape: Sequence[int]) -> int | list[int]:
+def current_slots(table: SlotTable, shape: Sequence[int], *, traceable: bool = False) -> Slots:
     """The slots that the current route, or else the table's active adapter, gives to an input of this shape.
+
+    Args:
+        traceable: whether the caller can do with a tensor, which it then gets where a model is compiled.
 
     Returns:
         One slot for all rows, or one for each row of the *batch*. An input of one row may be shared by all rows, and a
@@ -100,25 +129,31 @@ def current_slots(table: SlotTable, shape: Sequence[int]) -> int | list[int]:
                 "checkpointing off, or use set_adapter() in place of a route."
             )
         return table.slot(table.active)
+    slot_of = table.slot
+    if current.lease is not None and current.lease.table is table:
+        if traceable and torch.compiler.is_compiling():
+            return current.ids
+        slot_of = current.lease.slots.__getitem__
     table.routed_with_grad = torch.is_grad_enabled()
     names, rows = current.adapter_names, shape[0]
     if isinstance(names, str):
-        return table.slot(names)
+        return slot_of(names)
     if current.flattened and len(set(names)) == 1:
-        return table.slot(names[0])  # the model's own input had the right number of rows; inner shapes do not matter
+        return slot_of(names[0])  # the model's own input had the right number of rows; inner shapes do not matter
     if rows != 1 and not (current.flattened and len(shape) == 2 and rows % len(names) == 0):
         names = current.names_for(rows)
-    slots = [table.slot(name) for name in names]
+    slots = [slot_of(name) for name in names]
     return slots[0] if len(set(slots)) == 1 else slots
 
 
 def narrowed(rows: Sequence[int]) -> route:
     """A route for some rows of the current batch, for layers inside a part of it."""
     current = current_route()
-    return route([current.adapter_names[row] for row in rows], flattened=current.flattened)
+    names = [current.adapter_names[row] for row in rows]
+    return route(names, flattened=current.flattened, lease=current.lease)
 
 
-def slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
+def slot_ids(slots: Slots, rows: int, device: torch.device) -> Tensor:
     """int32 ``[rows]`` for the ops; each of the slots stands for ``rows / len(slots)`` neighbouring rows. Not to be
     written to: the layers of a model share it."""
     if torch.compiler.is_compiling() or rows > _MOST_CACHED_ROWS:
@@ -152,7 +187,7 @@ _MOST_SLOT_IDS = 256
 _MOST_CACHED_ROWS = 4096
 
 
-def _make_captured(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
+def _make_captured(slots: Slots, rows: int, device: torch.device) -> Tensor:
     """Within a graph, for which nothing has been made before: it has values when the graph is replayed, and not before,
     so that no one else may have it."""
     if isinstance(slots, int):
@@ -162,8 +197,13 @@ def _make_captured(slots: int | list[int], rows: int, device: torch.device) -> T
     return host.to(device, non_blocking=True)
 
 
-def _make_slot_ids(slots: int | list[int], rows: int, device: torch.device) -> Tensor:
+def _make_slot_ids(slots: Slots, rows: int, device: torch.device) -> Tensor:
     if isinstance(slots, int):
         return torch.full((rows,), slots, dtype=torch.int32, device=device)
+    if isinstance(slots, Tensor):
+        names = slots.shape[0]
+        if rows % names:
+            raise RoutingError(f"{names} adapter names for a batch of {rows} rows; expected one for each row, or one.")
+        return slots.to(device)[:, None].expand(names, rows // names).reshape(rows)
     ids = torch.tensor(slots, dtype=torch.int32)
     return ids.repeat_interleave(rows // len(slots)).to(device)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dts_fast.bank import BASE, Bank, SlotTable
-from dts_fast.errors import CapacityError, DTSError, UnknownAdapterError
+from dts_fast.bank import Arena, Bank
+from dts_fast.errors import CapacityError
 
 
 def pages(count: int, value: int) -> torch.Tensor:
@@ -39,14 +39,14 @@ def test_evicted_pages_are_used_again_without_growing():
 
 
 def test_reloading_a_slot_reuses_its_own_pages():
-    bank = Bank(128, 1, num_pages=2, pages_per_slot=2)
+    bank = Bank(128, 1, arena=Arena(2, 2))
     bank.load(0, pages(2, 1))
     bank.load(0, pages(2, 3))
     assert contents(bank, 0) == [3, 3]
 
 
 def test_a_fixed_bank_keeps_its_tensors():
-    bank = Bank(128, 2, num_pages=3, pages_per_slot=2)
+    bank = Bank(128, 2, arena=Arena(3, 2))
     before = [t.data_ptr() for t in bank.tensors]
     bank.load(0, pages(2, 1))
     bank.evict(0)
@@ -55,7 +55,7 @@ def test_a_fixed_bank_keeps_its_tensors():
 
 
 def test_a_load_that_does_not_fit_changes_nothing():
-    bank = Bank(128, 2, num_pages=3, pages_per_slot=2)
+    bank = Bank(128, 2, arena=Arena(3, 2))
     bank.load(0, pages(2, 1))
     with pytest.raises(CapacityError, match="takes 2 pages, 1 of 3 are free"):
         bank.load(1, pages(2, 2))
@@ -80,32 +80,6 @@ def test_conversions_of_a_model_do_not_round_the_bank():
     assert bank.state_dict() == {}
 
 
-def test_slot_table():
-    table = SlotTable(2)
-    assert table.slot(BASE) == -1
-    table.occupy("a", table.free_slot("a"))
-    table.occupy("b", table.free_slot("b"))
-    assert (table.slot("a"), table.slot("b"), table.names) == (0, 1, ["a", "b"])
-    with pytest.raises(CapacityError, match="all 2 slots are taken"):
-        table.free_slot("c")
-    table.active = "a"
-    assert table.release("a") == 0
-    assert table.active == BASE
-    assert table.free_slot("c") == 0
-    with pytest.raises(UnknownAdapterError, match="unknown adapter 'a'; loaded: 'b', and '__base__'"):
-        table.slot("a")
-
-
-@pytest.mark.parametrize(("name", "message"), [("a", "loaded already"), (BASE, "reserved"), ("", "non-empty")])
-def test_names_that_cannot_be_taken(name, message):
-    table = SlotTable(3)
-    table.occupy("a", 0)
-    with pytest.raises(DTSError, match=message):
-        table.free_slot(name)
-    with pytest.raises(DTSError, match="at least 1"):
-        SlotTable(0)
-
-
 def test_a_mixture_lists_the_pages_of_its_members():
     bank = Bank(128, 4)
     bank.load(0, pages(2, 7), weight=2.0)
@@ -118,7 +92,7 @@ def test_a_mixture_lists_the_pages_of_its_members():
 
 
 def test_shared_pages_stay_until_the_last_slot_lets_go():
-    bank = Bank(128, 3, num_pages=4, pages_per_slot=4)
+    bank = Bank(128, 3, arena=Arena(4, 4))
     bank.load(0, pages(2, 7))
     bank.share(1, [(0, 1.0)])
     bank.evict(0)

@@ -3,10 +3,8 @@ import torch
 
 from dts_fast.codes import (
     CodedMatrix,
-    CodedVector,
     LowRankDelta,
     PageLayout,
-    VectorPageLayout,
     dequantize,
     from_pages,
     matrix_shape,
@@ -14,7 +12,6 @@ from dts_fast.codes import (
     pack,
     packed_size,
     to_pages,
-    to_vector_pages,
     unpack,
 )
 
@@ -120,10 +117,3 @@ def test_a_tile_by_hand():
     for r in range(rank):
         assert [int(v_words[r // 16, i // 16, r % 16]) >> 2 * (i % 16) & 3 for i in range(k)] == v[r].tolist()
         assert [int(u_words[r // 16, j // 16, j % 16]) >> 2 * (r % 16) & 3 for j in range(n)] == u[r].tolist()
-
-
-def test_vector_page_holds_the_vector():
-    vector = CodedVector(pack(torch.randint(0, 4, (13,), dtype=torch.uint8)), torch.randn(4), (13,))
-    layout, page = VectorPageLayout(13), to_vector_pages(vector)
-    assert page.shape == (1, layout.nbytes)
-    assert torch.equal(dequantize(layout.codes(page)[0], layout.levels(page)[0], 13), vector.dequantize())

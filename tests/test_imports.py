@@ -52,17 +52,28 @@ ALLOWED = {
     "triton.launch": {"codes", "triton.configs", "triton.counters", "triton.kernels"},
     "triton.aot": {"triton.configs", "triton.kernels", "triton.launch"},
     "triton": {"triton.launch"},
-    "gpu": {"native", "reference", "triton"},
+    "gpu": {"codes", "native", "reference", "triton"},
     "ops": {"codes", "gpu", "native", "packing", "reference"},
-    "bank": {"errors"},
-    "routing": {"bank", "errors"},
+    "bank": {"codes", "errors", "mixture"},
+    "slots": {"errors"},
+    "routing": {"errors", "slots"},
     "prepack": {"codes", "errors", "native", "ops", "packing", "routing"},
-    "nn": {"bank", "codes", "errors", "mixture", "ops", "prepack", "reference", "routing"},
+    "nn.module": {"codes", "errors", "mixture", "routing", "slots"},
+    "nn.banked": {"bank", "codes", "nn.module", "routing", "slots"},
+    "nn.linear": {"bank", "codes", "nn.banked", "ops", "prepack", "routing", "slots"},
+    "nn.embedding": {"bank", "codes", "nn.banked", "ops", "routing", "slots"},
+    "nn.conv": {"bank", "codes", "nn.banked", "ops", "routing", "slots"},
+    "nn.norm": {"bank", "codes", "nn.module", "routing", "slots"},
+    "nn": {"bank", "nn.banked", "nn.conv", "nn.embedding", "nn.linear", "nn.module", "nn.norm", "prepack", "slots"},
+    "attach": {"adapter_file", "checkpoint", "errors", "fingerprint", "prepack"},
+    "arenas": {"adapter_file", "bank", "codes", "errors"},
+    "residency": {"errors", "nn", "nn.module", "slots"},
+    "hub": {"adapter_file", "errors"},
     "timing": set(),
     "benchmark": {"codes", "errors", "gpu", "native", "nn", "reference", "routing", "timing"},
     "model": {
-        "adapter_file", "atomic", "bank", "characteristic", "checkpoint", "errors", "fingerprint", "mixture", "nn",
-        "prepack", "routing",
+        "adapter_file", "arenas", "atomic", "attach", "bank", "characteristic", "checkpoint", "errors", "hub",
+        "mixture", "nn", "prepack", "residency", "routing", "slots",
     },
     "doctor": {"gpu", "native", "version"},
     "hardware": {"version"},
@@ -114,7 +125,7 @@ def test_modules_import_only_what_lies_below_them(file):
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_transformers_stays_where_models_are(file):
     _, others = imports_of(file)
-    assert ("transformers" in others) <= (file.stem in {"model", "demo", "demo_lm"})
+    assert ("transformers" in others) <= (file.stem in {"model", "attach", "demo", "demo_lm"})
     assert "dts_fast" not in others, "imports within the package are relative"
 
 

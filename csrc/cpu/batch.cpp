@@ -1,6 +1,7 @@
 #include "batch.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -18,6 +19,7 @@ constexpr int64_t kElementSize[kDTypes] = {4, 2, 2};
 int64_t rows_in_flight(const Problem& p) {
   const int64_t inputs = p.panels ? 1 << 21 : 1 << 18;
   constexpr int64_t kLeast = 64, kMost = 512;
+  if (p.ids) return kMost;
   return std::clamp(inputs / std::max<int64_t>(p.k, 1) / 8 * 8, kLeast, kMost);
 }
 
@@ -56,7 +58,11 @@ class Batch {
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
     const int64_t size = kElementSize[p.dtype];
     for (int64_t row : order) {
-      x_.push_back(static_cast<const char*>(p.x) + (first_row + row) * p.x_stride * size);
+      if (p.ids) {
+        ids_.push_back(p.ids[first_row + row]);
+      } else {
+        x_.push_back(static_cast<const char*>(p.x) + (first_row + row) * p.x_stride * size);
+      }
       y_.push_back(static_cast<char*>(p.y) + (first_row + row) * p.y_stride * size);
     }
     for (int64_t m = 0; m < rows;) {
@@ -85,10 +91,10 @@ class Batch {
   }
 
   void run(int threads, const ParallelFor& parallel_for) {
-    const bool as_is = p_.dtype == kFloat32 && p_.k == wide_stride_ && contiguous();
+    const bool as_is = p_.ids || (p_.dtype == kFloat32 && p_.k == wide_stride_ && contiguous());
     const Scratch wide(as_is ? 0 : rows_ * wide_stride_);
     if (as_is) {
-      wide_ = static_cast<const float*>(x_[0]);
+      wide_ = p_.ids ? nullptr : static_cast<const float*>(x_[0]);
     } else {
       const auto widen = [&](int64_t begin, int64_t end) { widen_rows(begin, end, wide.get()); };
       if (rows_ * p_.k < kSmall) {
@@ -144,7 +150,8 @@ class Batch {
   // Of the shrinks, and of what has `outputs` results a row.
   int64_t work(int64_t outputs) const {
     int64_t total = p_.weight ? rows_ * (outputs + packs()) * p_.k : 0;
-    for (const Group& group : groups_) total += group.rows * group.pages * kTile * (outputs + p_.k);
+    const int64_t sums = p_.ids ? 1 : p_.k;
+    for (const Group& group : groups_) total += group.rows * group.pages * kTile * (outputs + sums);
     return total;
   }
 
@@ -192,14 +199,36 @@ class Batch {
     }
     const Task& task = tasks_[index - packs_];
     const Group& group = groups_[task.group];
-    const float* const x = wide_ + (group.first + task.row) * wide_stride_;
     const Page* const pages = pages_.data() + group.page + task.page;
     const int64_t h_stride = group.pages * kTile;
     float* const out = in.h + group.h + task.row * h_stride + task.page * kTile;
+    if (p_.ids) {
+      look_up(ids_.data() + group.first + task.row, task, pages, out, h_stride);
+      return;
+    }
+    const float* const x = wide_ + (group.first + task.row) * wide_stride_;
     if (one()) {
       kernels_.shrink_one(shrink_, x, p_.k, pages, task.pages, out);
     } else {
       kernels_.shrink(shrink_, x, wide_stride_, task.rows, p_.k, pages, task.pages, out, h_stride);
+    }
+  }
+
+  // The shrink of rows with a single one in them: a word of each page, whose 16 codes are the ranks of one output.
+  void look_up(const int64_t* ids, const Task& task, const Page* pages, float* h, int64_t h_stride) const {
+    constexpr int64_t kWord = 4;
+    for (int64_t m = 0; m < task.rows; ++m) {
+      for (int64_t p = 0; p < task.pages; ++p) {
+        const uint8_t* const data = pages[p].data;
+        uint32_t word;
+        std::memcpy(&word, data + shrink_.tiles + ids[m] * kWord, kWord);
+        float levels[4], scales[kTile];
+        std::memcpy(levels, data + shrink_.levels, sizeof levels);
+        std::memcpy(scales, data + kScalesOffset, sizeof scales);
+        for (int64_t r = 0; r < kTile; ++r) {
+          h[m * h_stride + p * kTile + r] = levels[word >> 2 * r & 3] * (scales[r] * pages[p].weight);
+        }
+      }
     }
   }
 
@@ -244,6 +273,7 @@ class Batch {
   std::vector<Task> tasks_;
   int64_t packs_ = 0;
   std::vector<const void*> x_;
+  std::vector<int64_t> ids_;
   std::vector<void*> y_;
   std::vector<Page> pages_;
   std::vector<Group> groups_;

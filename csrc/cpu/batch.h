@@ -24,7 +24,9 @@ struct Problem {
   int64_t m, n, k;  // rows, out, in; of the op, so that a transposed one has the layer's N as k
   const void* x;    // [M, x_stride], elements of a row side by side
   int64_t x_stride;
-  void* y;  // [M, y_stride], likewise
+  // Or, of a transposed delta, rows that are zero but for a one at ids[m]: embeddings. x is null then.
+  const int64_t* ids;  // [M]
+  void* y;             // [M, y_stride], likewise
   int64_t y_stride;
   // The dense base, of `linear`; null where the delta is added to what y holds.
   const void* weight;  // [N, K], or packed in panels

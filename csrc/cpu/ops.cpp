@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -142,6 +143,31 @@ void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& pages, con
   if (!out.is_same(y)) y.copy_(out);
 }
 
+at::Tensor embedding_delta(const at::Tensor& ids, int64_t n, int64_t k, const at::Tensor& pages,
+                           const at::Tensor& slot_pages, const at::Tensor& slot_weights, const at::Tensor& slot_ids) {
+  expect(ids.dim() == 1 && (ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt), "ids",
+         "int64 or int32 [M]", ids);
+  check_bank_of(ids, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
+  check_range(slot_ids, slot_pages.size(0));
+  check_pages(slot_pages, pages.size(0));
+  const at::Tensor rows = ids.to(at::kLong).contiguous();
+  const int64_t* const first = rows.const_data_ptr<int64_t>();
+  if (rows.numel()) {
+    const auto [low, high] = std::minmax_element(first, first + rows.numel());
+    TORCH_CHECK_VALUE(*low >= 0 && *high < n, "dts_fast: ids: expected 0..", n - 1, ", got ", *low, "..", *high, ".");
+  }
+  at::Tensor out = at::zeros({ids.size(0), k}, ids.options().dtype(at::kFloat));
+  Problem problem = {};
+  problem.dtype = kFloat32;
+  problem.m = ids.size(0), problem.n = k, problem.k = n;
+  problem.ids = first;
+  problem.y = out.mutable_data_ptr(), problem.y_stride = k;
+  problem.transpose = true;
+  problem.bank = view(pages, slot_pages, slot_weights, slot_ids);
+  if (touches(problem)) run_parallel(problem);
+  return out;
+}
+
 void descend(at::Tensor& rows, const at::Tensor& target, const at::Tensor& gram, const at::Tensor& curvature,
              const at::Tensor& levels, int64_t sweeps) {
   const int64_t rank = rows.dim() == 2 ? rows.size(0) : -1;
@@ -176,6 +202,7 @@ TORCH_LIBRARY_IMPL(dts_fast, CPU, m) {
   m.impl("linear", &linear);
   m.impl("packed_linear", &packed_linear);
   m.impl("add_delta_", &add_delta_);
+  m.impl("embedding_delta", &embedding_delta);
   m.impl("descend_", &descend);
 }
 

@@ -1,0 +1,84 @@
+"""How much memory each layer's bank gets where a model's memory for adapters is fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .adapter_file import Parameter
+from .bank import Arena
+from .codes import PageLayout, is_matrix, num_pages, terms_of
+from .errors import CapacityError, DTSError
+
+# How many times the first adapter's pages in a layer another adapter may take there.
+_MOST_OVER_FIRST = 2
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What one adapter takes of a layer's bank."""
+
+    shape: tuple[int, int]
+    pages: int
+    nbytes: int
+
+
+class Arenas:
+    """Sizes of banks: whatever loads need (None), by rank, or by bytes.
+
+    Args:
+        max_adapters: number of slots.
+        max_rank, max_bytes: see `DTSModel`; at most one of them.
+
+    Raises:
+        DTSError: both, or values out of range.
+    """
+
+    def __init__(self, max_adapters: int, max_rank: int | None, max_bytes: int | None) -> None:
+        if max_rank is not None and max_bytes is not None:
+            raise DTSError("give one of max_rank and max_bytes, not both.")
+        for name, value in (("max_rank", max_rank), ("max_bytes", max_bytes)):
+            if value is not None and value < 1:
+                raise DTSError(f"{name} must be at least 1, got {value}.")
+        self.max_adapters, self.max_rank, self.left = max_adapters, max_rank, max_bytes
+
+    def of(self, modules: Mapping[str, nn.Module], new: Mapping[str, Mapping[str, Parameter]]) -> dict[str, Arena]:
+        """Arenas for layers that are wrapped for an adapter's sake, by path; those not named may grow.
+
+        Args:
+            modules: by path.
+            new: what the adapter has for each of these layers.
+
+        Raises:
+            CapacityError: ``max_bytes`` is less than this adapter takes.
+        """
+        needs, vectors = {}, 0
+        for path, parameters in new.items():
+            for name, parameter in parameters.items():
+                if isinstance(parameter, Tensor):
+                    continue
+                if not is_matrix(parameter):
+                    own = modules[path].get_parameter(name)
+                    vectors += (self.max_adapters + 1) * own.nbytes
+                elif name == "weight":
+                    n, k = (t := terms_of(parameter)[0]).u.n, t.v.n
+                    pages = sum(num_pages(term.rank) for term in terms_of(parameter))
+                    needs[path] = _Need((n, k), pages, PageLayout(n, k).nbytes)
+        if self.max_rank is not None:
+            per_slot = {path: num_pages(min(self.max_rank, *need.shape)) for path, need in needs.items()}
+            return {path: Arena(count * self.max_adapters, count) for path, count in per_slot.items()}
+        if self.left is None:
+            return {}
+        one = sum(need.pages * need.nbytes for need in needs.values())
+        count = min(self.max_adapters, (self.left - vectors) // max(one, 1))
+        if count < 1 and new:
+            raise CapacityError(
+                f"max_bytes leaves {self.left} bytes, but the adapter's pages take {one}, and vectors of "
+                f"{self.max_adapters} slots {vectors}. Give more bytes, or fewer max_adapters."
+            )
+        self.left -= vectors + count * one
+        return {
+            path: Arena(count * need.pages, min(count, _MOST_OVER_FIRST) * need.pages) for path, need in needs.items()
+        }

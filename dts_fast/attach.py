@@ -1,0 +1,215 @@
+"""What an adapter's parameters are in a live model: names, owners, tied weights, and whether it is the right base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_file import Adapter, Parameter
+from .checkpoint import common_prefix
+from .errors import BaseMismatchError
+from .fingerprint import Elements, check_fingerprint
+from .prepack import PackedLinear
+
+# Module path -> parameter name within it -> what the adapter has for it.
+Owned = dict[str, dict[str, Parameter]]
+
+
+class LiveModel:
+    """The parameters of a model as they were before any layer was wrapped.
+
+    Attributes:
+        root: the model; another module where it is wrapped itself.
+        modules: by path, as they were; tied ones have several.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.root = model
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self._first_path: dict[int, str] = {}
+        for path, module in self.modules.items():
+            self._first_path.setdefault(id(module), path)
+        self._aliases = _aliases(model)
+        self._names_in_checkpoint = _names_in_checkpoint(model)
+        for path, module in self.modules.items():
+            if _keeps_its_weight_elsewhere(module):
+                name = f"{path}.weight"
+                self._aliases[name] = (name,)
+                self._names_in_checkpoint[name] = name
+
+    def owners(self, adapter: Adapter) -> tuple[Owned, dict[str, str]]:
+        """Which modules the parameters of an adapter belong to.
+
+        Returns:
+            By module; and the adapter's deltas' names to the model's.
+
+        Raises:
+            BaseMismatchError: deltas of parameters that the model does not have.
+        """
+        strip, add = common_prefix(self._names_in_checkpoint, adapter.parameters)
+        live = {add + name.removeprefix(strip): own for name, own in self._names_in_checkpoint.items()}
+        of_live = {own: name for name, own in live.items()}
+        missing = [name for name in adapter.deltas if name not in live]
+        if missing:
+            raise BaseMismatchError(
+                f"the model has no parameters for {len(missing)} of {len(adapter.parameters)} entries of the adapter "
+                f"(first: {missing[0]}). Expected {adapter.config['base_model_name_or_path']}, got "
+                f"{type(self.root).__name__}."
+            )
+        owned: Owned = {}
+        for name, parameter in adapter.parameters.items():
+            if name not in live:
+                warnings.warn(
+                    f"{type(self.root).__name__} has no parameter {name!r}, which the adapter stores whole; it is "
+                    "not used. Load the base by its path to get the fine-tune's model class.",
+                    stacklevel=4,
+                )
+                continue
+            for path, leaf in self._owners(live[name]):
+                # Where the fine-tune has untied what the base ties, each alias has an entry of its own.
+                alias = of_live.get(f"{path}.{leaf}", name)
+                if alias == name or alias not in adapter.parameters:
+                    owned.setdefault(path, {})[leaf] = parameter
+        return owned, {name: live[name] for name in adapter.deltas}
+
+    def check_base(self, adapter: Adapter, live: Mapping[str, str]) -> None:
+        """Refuse an adapter that was made for another base (`check_fingerprint`); ``live`` as `owners` returns it.
+
+        Raises:
+            BaseMismatchError: see `check_fingerprint`.
+        """
+        parameters = _LiveParameters(self.modules, live)
+        config = adapter.config
+        check_fingerprint(str(config["base_fingerprint"]), parameters, str(config["base_model_name_or_path"]))
+
+    def is_tied(self, path: str) -> bool:
+        return len(self._aliases.get(f"{path}.weight", ())) > 1
+
+    def tied_to(self, path: str) -> list[str]:
+        """The paths of other modules with the same ``weight``."""
+        aliases = [alias.rpartition(".")[0] for alias in self._aliases.get(f"{path}.weight", ())]
+        return [other for other in aliases if other != path]
+
+    def put(self, path: str, module: nn.Module) -> None:
+        """Put a module in the place of the one that had this path in the bare model."""
+        original = self.modules[path]
+        for place in [p for p, m in self.modules.items() if m is original]:
+            parent, _, child = place.rpartition(".")
+            if place:
+                setattr(self.modules[parent], child, module)
+            else:
+                self.root = module
+
+    def _owners(self, name: str) -> list[tuple[str, str]]:
+        """Modules that use a parameter, with its name in each: several where weights are tied."""
+        owners = []
+        for alias in self._aliases[name]:
+            path, _, leaf = alias.rpartition(".")
+            parent, _, child = path.rpartition(".")
+            # MultiheadAttention reads its projection's weight without calling it: a wrapper there is never asked.
+            if isinstance(self.modules.get(parent), nn.MultiheadAttention):
+                path, leaf = parent, f"{child}.{leaf}"
+            # A module that stands at several paths is wrapped once, under the first.
+            first = self._first_path[id(self.modules[path])]
+            if (first, leaf) not in owners:
+                owners.append((first, leaf))
+        return owners
+
+
+class _LiveParameters(Mapping):
+    """The base's parameters by their names in an adapter, for `check_fingerprint`."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], names: Mapping[str, str]) -> None:
+        self.modules, self.names = modules, names
+
+    def __getitem__(self, name: str) -> Tensor | Elements:
+        path, _, leaf = self.names[name].rpartition(".")
+        module = self.modules[path]
+        if leaf == "weight" and isinstance(module, PackedLinear):
+            return module
+        parameter = module._parameters.get(leaf)
+        if leaf == "weight" and hasattr(module, "in_features") and not is_plain(parameter):
+            return LinearElements(module)
+        return module.get_parameter(leaf)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class LinearElements:
+    """The weight of a layer that acts like a linear and keeps its weight in some form of its own (quantised), by what
+    the layer makes of unit vectors."""
+
+    exact = False
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def numel(self) -> int:
+        return self.layer.out_features * self.layer.in_features
+
+    @torch.no_grad()
+    def elements(self, positions: Tensor) -> Tensor:
+        columns = positions % self.layer.in_features
+        tensors = [*self.layer.parameters(), *self.layer.buffers()]
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        dtype = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+        x = torch.nn.functional.one_hot(columns, self.layer.in_features).to(tensors[0].device, dtype)
+        y = self.layer(x).float() - self.layer(torch.zeros_like(x)).float()
+        return y.cpu()[torch.arange(len(positions)), positions // self.layer.in_features]
+
+
+def is_plain(parameter: Tensor | None) -> bool:
+    """Whether a parameter is floating-point numbers as torch has them, and not a quantised form of some library."""
+    return type(parameter) in (nn.Parameter, Tensor) and parameter.is_floating_point()
+
+
+def _keeps_its_weight_elsewhere(module: nn.Module) -> bool:
+    """Whether a layer acts like a linear without a parameter ``weight`` (several libraries' quantised ones)."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (
+        all(isinstance(size, int) for size in sizes)
+        and "weight" not in module._parameters
+        and not isinstance(module, PackedLinear)
+        and not any(True for _ in module.children())
+    )
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every parameter's name to all names of the same parameter: several where weights are tied."""
+    names: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(names[id(parameter)]) for name, parameter in parameters.items()}
+
+
+def _names_in_checkpoint(model: nn.Module) -> dict[str, str]:
+    """The name each parameter has in a checkpoint of this model, to its name in the model.
+
+    The two differ where transformers renames on loading (ViT's ``encoder.layer.0.attention...query`` is
+    ``layers.0.attention.q_proj`` in memory); it can tell what saving would turn a state dict into.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = {name: name for name in parameters}
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # no transformers, or a release that does not rename
+        return names
+    if not isinstance(model, PreTrainedModel):
+        return names
+    # Tied parameters are one tensor under several names; a view of each keeps the names apart.
+    views = {name: parameter.detach() for name, parameter in parameters.items()}
+    own_name = {id(view): name for name, view in views.items()}
+    for name, view in revert_weight_conversion(model, views).items():
+        if id(view) in own_name:  # a tensor that saving would split or fuse has no single name
+            names.pop(own_name[id(view)], None)
+            names[name] = own_name[id(view)]
+    return names

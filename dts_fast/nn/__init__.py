@@ -1,0 +1,57 @@
+"""Layers that serve many adapters on one resident base.
+
+A wrapper holds the original layer as ``base_layer`` and answers for its attributes, so that code which reads
+``layer.weight`` goes on working. `wrap` chooses among them:
+
+    linear.py     `DTSLinear`: linear layers, GPT-2's Conv1D, and what acts like them
+    embedding.py  `DTSEmbedding`
+    norm.py       `DTSNorm`: layer and RMS norms
+    conv.py       `DTSConv`
+    module.py     `DTSModule`: anything else, run once for each distinct adapter of a batch
+    banked.py     what the first, second and fourth share
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..bank import Arena
+from ..prepack import why_not_packable
+from ..slots import SlotTable
+from .banked import BankedModule
+from .conv import DTSConv, why_not_conv
+from .embedding import DTSEmbedding
+from .linear import DTSLinear, acts_like_linear
+from .module import DTSModule
+from .norm import DTSNorm, why_not_norm
+
+__all__ = ["BankedModule", "DTSConv", "DTSEmbedding", "DTSLinear", "DTSModule", "DTSNorm", "wrap"]
+
+# Tables that are looked up with [query, key] distances: their input has no batch dimension, whatever its size.
+_RELATIVE_POSITIONS = ("relative_attention_bias", "relative_position_bias", "rel_embeddings")
+
+
+def wrap(
+    layer: nn.Module, slots: SlotTable, path: str = "", *, arena: Arena | None = None, prepack: bool = False
+) -> DTSModule:
+    """The wrapper that serves a layer best.
+
+    Args:
+        path: the layer's name in its model.
+        arena, prepack: `DTSLinear`'s, where the layer allows them.
+    """
+    if path.endswith(_RELATIVE_POSITIONS):
+        wrapper = DTSModule(layer, slots=slots)
+        wrapper.batch_first = False
+    elif type(layer) is nn.Embedding:
+        wrapper = DTSEmbedding(layer, arena=arena, slots=slots)
+    elif acts_like_linear(layer):
+        prepack = prepack and why_not_packable(layer) is None
+        wrapper = DTSLinear(layer, arena=arena, prepack=prepack, slots=slots)
+    elif why_not_conv(layer) is None:
+        wrapper = DTSConv(layer, arena=arena, slots=slots)
+    elif why_not_norm(layer) is None:
+        wrapper = DTSNorm(layer, slots=slots)
+    else:
+        wrapper = DTSModule(layer, slots=slots)
+    return wrapper

@@ -1,0 +1,125 @@
+"""What layers with one large weight share: its deltas lie in a bank of rank pages, those of its bias in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ..bank import Arena, Bank, VectorTable
+from ..codes import PageLayout, from_pages, is_matrix, num_pages, terms_of
+from ..routing import Slots
+from ..slots import SlotTable
+from .module import DTSModule, Parameter
+
+
+class BankedModule(DTSModule):
+    """A layer whose ``weight`` deltas lie in a bank of rank pages, and whose ``bias`` is a row of a table.
+
+    Args:
+        shape: ``[N, K]``, the weight as the bank's pages have it.
+        max_adapters, max_rank, arena, slots: see `DTSLinear`.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        shape: tuple[int, int],
+        max_adapters: int,
+        slots: SlotTable | None,
+        max_rank: int | None,
+        arena: Arena | None,
+    ) -> None:
+        super().__init__(base_layer, max_adapters, slots=slots)
+        self.layout = PageLayout(*shape)
+        if max_rank is not None:
+            arena = Arena(num_pages(min(max_rank, *shape)) * self.slots.capacity, num_pages(min(max_rank, *shape)))
+        device = next((t.device for t in (*base_layer.parameters(), *base_layer.buffers())), None)
+        self.bank = Bank(self.layout.nbytes, self.slots.capacity, arena=arena, device=device)
+        self.biases: VectorTable | None = None
+        # Which parameters each slot changes; a slot that is not here costs the layer nothing.
+        self.loaded: dict[int, frozenset[str]] = {}
+
+    def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
+        if not _are_deltas(parameters):
+            return super().load_slot(slot, parameters)
+        if "weight" in parameters:
+            self.bank.load(slot, self._to_pages(parameters["weight"]))
+        if "bias" in parameters:
+            self._bias_table().load(slot, parameters["bias"])
+        self.loaded[slot] = frozenset(parameters)
+        return None
+
+    def fits(self, parameters: Mapping[str, Parameter], without: Collection[int] = ()) -> bool:
+        if "weight" not in parameters or not _are_deltas(parameters):
+            return True
+        return self.bank.fits(sum(num_pages(term.rank) for term in terms_of(parameters["weight"])), without)
+
+    def parameters_of(self, slot: int) -> Mapping[str, Parameter]:
+        found = dict(super().parameters_of(slot))
+        for name in self.loaded.get(slot, ()):
+            if name == "bias":
+                found[name] = self.biases.deltas[slot]
+                continue
+            listed = self.bank.slot_pages[slot] >= 0
+            pages, weights = self.bank.pages[self.bank.slot_pages[slot][listed].long()], self.bank.slot_weights[slot]
+            if len(pages):
+                found[name] = self._from_pages(from_pages(self.layout, pages, weights[listed]))
+        return found
+
+    def nbytes_of(self, slot: int) -> int:
+        tables = [self.bank] if self.biases is None else [self.bank, self.biases]
+        return super().nbytes_of(slot) + sum(table.nbytes_of(slot) for table in tables)
+
+    def mix_slots(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
+        if any(member in self.stored for member, _ in members):
+            return super().mix_slots(slot, members)
+        present = [(member, weight) for member, weight in members if member in self.loaded and weight != 0]
+        if present:
+            self.bank.share(slot, present)
+            if self.biases is not None:
+                self.biases.share(slot, present)
+            self.loaded[slot] = frozenset().union(*(self.loaded[member] for member, _ in present))
+        return None
+
+    def clear_slot(self, slot: int) -> None:
+        super().clear_slot(slot)
+        self.loaded.pop(slot, None)
+        # Whatever `loaded` says: a load that failed half way has written one and not the other.
+        self.bank.evict(slot)
+        if self.biases is not None:
+            self.biases.evict(slot)
+
+    # Between the parameter's own shape and the bank's pages.
+
+    def _to_pages(self, matrix) -> Tensor:
+        raise NotImplementedError
+
+    def _from_pages(self, matrix):
+        raise NotImplementedError
+
+    def _bias_table(self) -> VectorTable:
+        if self.biases is None:
+            self.biases = VectorTable(self.base_layer.bias, self.slots.capacity)
+        return self.biases
+
+    def _touched(self, slots: Slots) -> bool:
+        """Whether any of these slots changes this layer. Always, for a graph that is compiled once for all adapters."""
+        if isinstance(slots, Tensor):
+            return True
+        return slots in self.loaded if isinstance(slots, int) else any(slot in self.loaded for slot in slots)
+
+    def _touches_bias(self, slots: Slots) -> bool:
+        if self.biases is None:
+            return False
+        if isinstance(slots, Tensor):
+            return True
+        distinct = {slots} if isinstance(slots, int) else set(slots)
+        return any("bias" in self.loaded.get(slot, ()) for slot in distinct)
+
+
+def _are_deltas(parameters: Mapping[str, Parameter]) -> bool:
+    """Whether the bank and the table can hold them: a matrix and a vector."""
+    return all(
+        not isinstance(p, Tensor) and name == ("weight" if is_matrix(p) else "bias") for name, p in parameters.items()
+    )

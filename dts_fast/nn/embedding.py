@@ -1,0 +1,62 @@
+"""`DTSEmbedding`: tables of which every row of a batch may use its own."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import ops
+from ..bank import Arena
+from ..codes import to_pages
+from ..routing import Slots, current_route, current_slots, slot_ids
+from ..slots import SlotTable
+from .banked import BankedModule
+
+
+class DTSEmbedding(BankedModule):
+    """An embedding table with adapters: looks up base rows and adds ``(U[ids] * s) V^T``.
+
+    Args:
+        base_layer: `torch.nn.Embedding`.
+        max_adapters, max_rank, arena, slots: see `DTSLinear`.
+
+    Input: int ids ``[B, ...]``; output ``[B, ..., embedding_dim]`` in the table's dtype.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Embedding,
+        max_adapters: int = 8,
+        *,
+        max_rank: int | None = None,
+        arena: Arena | None = None,
+        slots: SlotTable | None = None,
+    ) -> None:
+        super().__init__(base_layer, tuple(base_layer.weight.shape), max_adapters, slots, max_rank, arena)
+
+    def _to_pages(self, matrix) -> Tensor:
+        return to_pages(matrix)
+
+    def _from_pages(self, matrix):
+        return matrix
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() > 1 and not self.stored:
+            slots = current_slots(self.slots, input.shape, traceable=True)
+            if not isinstance(slots, int) and input.shape[0] == 1 and self._touched(slots):
+                # Shared by all rows (position ids, say): one for each, where their adapters differ.
+                input = input.expand(len(slots), *input.shape[1:])
+            return self.forward_fast(slots, input)
+        if input.dim() > 1 or current_route() is None:
+            return super().forward(input)
+        # Ids without a batch dimension are positions, shared by all rows; where rows differ each gets its own.
+        y = self.forward(input[None])
+        return y[0] if y.shape[0] == 1 else y
+
+    def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
+        y = self.base_layer(input)
+        if not self._touched(slots):
+            return y
+        flat = input.reshape(-1)
+        ids = slot_ids(slots, flat.shape[0], input.device)
+        delta = ops.embedding_delta(flat, self.layout, *self.bank.tensors, ids)
+        return (y + delta.view(y.shape)).to(y.dtype)

@@ -1,0 +1,151 @@
+"""`DTSLinear`: base and delta of a linear layer in one go."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..bank import Arena
+from ..codes import to_pages
+from ..prepack import PackedLinear, pack_, unpack_
+from ..routing import Slots, current_slots, slot_ids
+from ..slots import SlotTable
+from .banked import BankedModule
+
+
+class DTSLinear(BankedModule):
+    """A linear layer that computes base and delta in one go, each row with its own adapter.
+
+        y = x W^T + b + ((x V) * s) U^T
+
+    Args:
+        base_layer: `torch.nn.Linear`, a layer like GPT-2's ``Conv1D`` (weight ``[in, out]``), or any layer with a
+            2-D ``weight`` that acts like a linear. A plain `torch.nn.Linear` runs through the fused op, any other
+            runs itself and has the delta added.
+        max_adapters: slots, where no ``slots`` table is shared.
+        max_rank: fixes the capacity, so that loading never allocates: every slot may take this rank. None lets the
+            bank grow when a load needs it.
+        arena: a capacity in pages, in place of ``max_rank``.
+        prepack: keep the weight in the order in which the CPU kernels read it, as the only copy (`prepack.pack_`);
+            for a plain `torch.nn.Linear` on the CPU. ``base_layer`` is changed in place; its ``weight`` can still be
+            read, and state dicts stay as they are.
+        slots: table of names shared with other layers of a model.
+
+    Raises:
+        DTSError: ``prepack`` for another layer, see `prepack.pack_`.
+
+    Input ``[..., in_features]``, first dimension the batch; output ``[..., out_features]`` in the same dtype.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        max_adapters: int = 8,
+        *,
+        max_rank: int | None = None,
+        arena: Arena | None = None,
+        prepack: bool = False,
+        slots: SlotTable | None = None,
+    ) -> None:
+        # Conv1D of transformers keeps its weight as [in, out]; known by name, because this file imports no models.
+        self_transposed = type(base_layer).__name__ == "Conv1D"
+        if self_transposed:
+            k, n = base_layer.weight.shape
+        elif hasattr(base_layer, "in_features"):  # the weight of a quantised layer may have any shape
+            n, k = base_layer.out_features, base_layer.in_features
+        else:
+            n, k = base_layer.weight.shape
+        super().__init__(base_layer, (n, k), max_adapters, slots, max_rank, arena)
+        if prepack:
+            pack_(base_layer)
+        self.transposed = self_transposed
+        self.in_features, self.out_features = k, n
+
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        n, k = self.out_features, self.in_features
+        return super().base_shapes() | {"weight": (k, n) if self.transposed else (n, k)}
+
+    def base_kind(self, name: str) -> tuple[torch.device, torch.dtype]:
+        if isinstance(self.base_layer, PackedLinear) and name == "weight":
+            return self.base_layer.packed.device, self.base_layer.packed.dtype
+        return super().base_kind(name)
+
+    def bare_layer(self) -> nn.Module:
+        packed = isinstance(self.base_layer, PackedLinear)
+        return unpack_(self.base_layer) if packed else self.base_layer
+
+    def _forward_one(self, slot: int, args, kwargs):
+        if slot in self.stored and isinstance(self.base_layer, PackedLinear):
+            dense = {"bias": self.base_layer.bias, **self.dense_parameters(slot)}
+            if "weight" not in dense:
+                dense["weight"] = self.base_layer.weight
+            return nn.functional.linear(*args, **kwargs, **dense)
+        return super()._forward_one(slot, args, kwargs)
+
+    def _oriented(self, matrix):
+        """Between the parameter's orientation and the bank's ``[N, K]``; its own inverse."""
+        return matrix.transpose() if self.transposed else matrix
+
+    def _to_pages(self, matrix) -> Tensor:
+        return to_pages(self._oriented(matrix))
+
+    def _from_pages(self, matrix):
+        return self._oriented(matrix)
+
+    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
+        if self.stored or args or kwargs or input.dim() == 0:
+            return super().forward(input, *args, **kwargs)
+        # What is most often asked, without the general way's questions: a small layer is done in less time than those
+        # take.
+        slots = current_slots(self.slots, input.shape, traceable=True)
+        if isinstance(slots, list) and input.shape[0] == 1:
+            return super().forward(input)
+        return self.forward_fast(slots, input)
+
+    def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
+        layer = self._modules["base_layer"]
+        if not self._touched(slots):
+            return layer(input)
+        # Modules' attributes are looked up in several places; these are where they are. The dictionary is read once: a
+        # bank that grows gets a new one.
+        bank = self._modules["bank"]._buffers
+        bank = bank["pages"], bank["slot_pages"], bank["slot_weights"]
+        x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
+        ids = slot_ids(slots, x.shape[0], x.device)
+        weight = layer._parameters.get("weight")
+        packed = type(layer) is PackedLinear
+        # A layer that accelerate moves or offloads must run itself, or its hooks do not.
+        if packed or (type(layer) is nn.Linear and type(weight) in _PLAIN and "_hf_hook" not in layer.__dict__):
+            bias, own_biases = layer._parameters["bias"], None
+            if self.biases is not None and self._touches_bias(slots):
+                # One adapter's takes the place of the base's; many are added behind.
+                values = self.biases.values
+                bias, own_biases = (values[slots], None) if isinstance(slots, int) else (None, values)
+            if packed:
+                y = layer.run(x, bias, *bank, ids)
+            else:
+                if torch.is_autocast_enabled(x.device.type):
+                    dtype = torch.get_autocast_dtype(x.device.type)
+                    x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+                y = ops.linear(x, weight, bias, *bank, ids)
+            if own_biases is not None:
+                y = y + own_biases[ids].to(y.dtype)
+        else:
+            y = layer(input).reshape(-1, self.out_features)
+            ops.add_delta_(y, x.to(y.dtype), *bank, ids)
+            if self.biases is not None and self._touches_bias(slots):
+                values = self.biases.values.float()
+                y = (y + (values[ids] - values[-1])).to(y.dtype)
+        return y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
+
+
+# Weights as torch has them, and no subclass that holds quantised ones.
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def acts_like_linear(layer: nn.Module) -> bool:
+    """Whether `DTSLinear` can serve a layer: linear by type, or by its sizes (libraries' own quantised layers)."""
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    by_size = all(isinstance(size, int) for size in sizes) and not any(True for _ in layer.children())
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D" or by_size

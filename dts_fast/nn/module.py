@@ -1,0 +1,299 @@
+"""`DTSModule`: any layer with adapters, and what the faster wrappers build on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..codes import Delta, LowRankDelta
+from ..errors import BaseMismatchError, RoutingError
+from ..mixture import mix
+from ..routing import Slots, current_slots, narrowed
+from ..slots import SlotTable
+
+Parameter = Delta | Tensor
+
+_FAST = object()  # the rows that no stored slot claims
+
+
+class DTSModule(nn.Module):
+    """Any layer with adapters for its own parameters: runs the layer once for each distinct adapter of a batch.
+
+    Correct for every layer whose inputs and outputs have the batch as first dimension. The subclasses do better for
+    the layers that carry most weights, and fall back to this for what they cannot hold.
+
+    Args:
+        base_layer: the layer; its parameters stay where they are.
+        max_adapters: slots, where no ``slots`` table is shared.
+        slots: table of names shared with other layers of a model.
+    """
+
+    def __init__(self, base_layer: nn.Module, max_adapters: int = 8, *, slots: SlotTable | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.slots = slots or SlotTable(max_adapters)
+        # Whether the first dimension of the input is the batch: what tells its rows apart.
+        self.batch_first = True
+        # slot -> parameter name -> delta, or the tensor that stands in the parameter's place
+        self.stored: dict[int, dict[str, Parameter]] = {}
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def load_adapter(self, name: str, delta: LowRankDelta | None = None, **parameters: Parameter) -> None:
+        """Load an adapter for this layer.
+
+        Args:
+            name: what `route` and `set_adapter` will call it.
+            delta: delta of ``weight``.
+            parameters: by parameter name; deltas (`LowRankDelta`, `CodedVector`), or tensors that take the
+                parameter's place (new heads).
+
+        Raises:
+            DTSError: the name is taken.
+            CapacityError: no slot or page is free.
+            BaseMismatchError: shapes differ from the base's.
+        """
+        if delta is not None:
+            parameters["weight"] = delta
+        self.check_parameters(parameters)
+        with self.slots.loading:
+            self.slots.check_new(name)
+            slot = self.slots.reserve()
+            try:
+                self.load_slot(slot, parameters)
+            except BaseException:
+                self.clear_slot(slot)
+                self.slots.cancel(slot)
+                raise
+            self.slots.occupy(name, slot)
+
+    def check_parameters(self, parameters: Mapping[str, Parameter]) -> None:
+        """Refuse deltas that do not fit this layer.
+
+        Raises:
+            BaseMismatchError: an unknown parameter name, or another shape than the base's.
+        """
+        own = self.base_shapes()
+        kind = type(self.base_layer).__name__
+        for name, parameter in parameters.items():
+            if name not in own:
+                raise BaseMismatchError(f"{kind} has no parameter {name!r}; it has {', '.join(own) or 'none'}.")
+            if not isinstance(parameter, Tensor) and tuple(parameter.shape) != own[name]:
+                raise BaseMismatchError(
+                    f"parameter {name!r} of {kind}: the base has shape {list(own[name])}, the adapter "
+                    f"{list(parameter.shape)}. Attach it to the base it was made for."
+                )
+
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter of the base layer."""
+        return {name: tuple(parameter.shape) for name, parameter in self.base_layer.named_parameters()}
+
+    def base_kind(self, name: str) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of a parameter of the base layer."""
+        parameter = self.base_layer.get_parameter(name)
+        return parameter.device, parameter.dtype
+
+    def bare_layer(self) -> nn.Module:
+        """The base layer as it was before it was wrapped; the wrapper is not to be used after."""
+        return self.base_layer
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter and free its slot. No other thread may be using it."""
+        self.slots.release(name, self.clear_slot)
+
+    def set_adapter(self, name: str) -> None:
+        """What rows use outside any `route`; ``"__base__"`` for none."""
+        self.slots.slot(name)
+        self.slots.active = name
+
+    def dense_parameters(self, slot: int) -> dict[str, Tensor]:
+        """The personalised parameters of a slot, materialised in the base's dtypes."""
+        dense = {}
+        for name, parameter in self.parameters_of(slot).items():
+            if isinstance(parameter, Tensor):
+                dense[name] = parameter.to(*self.base_kind(name))
+            else:
+                base = self.base_layer.get_parameter(name).detach()
+                wide = torch.promote_types(base.dtype, torch.float32)
+                dense[name] = (base.to(wide) + parameter.dequantize(wide).to(base.device)).to(base.dtype)
+        return dense
+
+    def mix_slots(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
+        """Fill an empty slot with the weighted sum of what other slots change in this layer.
+
+        Raises:
+            DTSError: parameters that cannot be mixed (see `mixture.mix`).
+        """
+        parts = [(weight, self.parameters_of(member)) for member, weight in members]
+        mixed = {}
+        for name in dict.fromkeys(name for _, parameters in parts for name in parameters):
+            base = self.base_layer.get_parameter(name)
+            parameter = mix(name, [(weight, parameters.get(name)) for weight, parameters in parts], base)
+            if parameter is not None:
+                mixed[name] = parameter
+        if mixed:
+            self.load_slot(slot, mixed)
+
+    def nbytes_of(self, slot: int) -> int:
+        """Bytes that a slot takes in this layer."""
+        return sum(parameter.nbytes for parameter in self.stored.get(slot, {}).values())
+
+    def fits(self, parameters: Mapping[str, Parameter], without: Collection[int] = ()) -> bool:
+        """Whether `load_slot` would find room for these parameters, once these slots are empty."""
+        return True
+
+    # A subclass may hold a slot in its own way; these four belong together.
+
+    def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
+        """`load_adapter` for a slot of a shared table, with checked parameters."""
+        self.stored[slot] = dict(parameters)
+
+    def clear_slot(self, slot: int) -> None:
+        """Free what a slot holds in this layer."""
+        self.stored.pop(slot, None)
+
+    def parameters_of(self, slot: int) -> Mapping[str, Parameter]:
+        """What a slot changes in this layer, by parameter name."""
+        return self.stored.get(slot, {})
+
+    def forward_fast(self, slots: Slots, *args, **kwargs):
+        """Forward for slots that are not in ``stored``: here they change nothing."""
+        return self.base_layer(*args, **kwargs)
+
+    def forward(self, *args, **kwargs):
+        # A table of positions has no rows: what matters is only whether all rows of the batch agree.
+        shape = batch_shape(args, kwargs) if self.batch_first else torch.Size([1])
+        slots = current_slots(self.slots, shape)
+        if isinstance(slots, int):
+            return self._forward_one(slots, args, kwargs)
+        if not self.batch_first:
+            raise RoutingError(
+                f"a {type(self.base_layer).__name__} whose input has no rows for the batch (a table of relative "
+                "positions) cannot differ from row to row; run these adapters in separate batches, or compress without "
+                "it (--exclude)."
+            )
+        return self.forward_mixed(slots, shape, args, kwargs)
+
+    def forward_mixed(self, slots: list[int], shape: torch.Size, args, kwargs):
+        """Forward where rows differ; one slot for each row of the batch."""
+        rows, batch = shape[0], len(slots)
+        if rows == 1:
+            # An input shared by all rows (position ids, say) becomes one for each where their adapters differ.
+            args, kwargs = map_rows(lambda t: t.expand(batch, *t.shape[1:]), 1, args, kwargs)
+            rows = batch
+        groups: dict[object, list[int]] = {}
+        for row, slot in enumerate(slots):
+            groups.setdefault(slot if slot in self.stored else _FAST, []).append(row)
+        if groups.keys() == {_FAST}:
+            return self.forward_fast(slots, *args, **kwargs)
+        repeats, results, taken = rows // batch, [], []
+        for members in groups.values():
+            taken.append([row * repeats + i for row in members for i in range(repeats)])
+            index = torch.tensor(taken[-1])
+            # A vector that an embedding is given is a list of positions, however many rows there are.
+            least = 2 if isinstance(self.base_layer, nn.Embedding) else 1
+            part = map_rows(lambda t, index=index: t[index.to(t.device)], rows, args, kwargs, least)
+            part_slots = [slots[row] for row in members]
+            with narrowed(members):
+                if part_slots[0] in self.stored:
+                    result = self._forward_one(part_slots[0], *part)
+                else:
+                    result = self.forward_fast(part_slots, *part[0], **part[1])
+            # Learned positions of some models are looked up by length alone: [T, H] or [1, T, H] for ids [B, T].
+            if isinstance(self.base_layer, nn.Embedding):
+                result = result[None] if result.dim() == len(shape) else result
+                result = result.expand(len(taken[-1]), *result.shape[1:])
+            results.append(result)
+        return merge_rows(results, taken)
+
+    def _forward_one(self, slot: int, args, kwargs):
+        if slot not in self.stored:
+            return self.forward_fast(slot, *args, **kwargs)
+        return run_with(self.base_layer, self.dense_parameters(slot), args, kwargs)
+
+
+def run_with(layer: nn.Module, parameters: Mapping[str, Tensor], args: tuple, kwargs: dict):
+    """Run a layer with other parameters.
+
+    Raises:
+        RoutingError: a layer whose forward was replaced by something unknown.
+    """
+    hook = layer.__dict__.get("_hf_hook")  # accelerate's: it moves inputs, and weights that are kept elsewhere
+    if hook is None and "forward" in layer.__dict__:
+        raise RoutingError(
+            f"{type(layer).__name__}: its forward was replaced, so that it cannot run with an adapter's parameters. "
+            "Compress without it (--exclude)."
+        )
+    if hook is not None:
+        args, kwargs = hook.pre_forward(layer, *args, **kwargs)
+    own = with_parameters(layer, parameters)
+    own.__dict__.pop("forward", None)
+    result = own(*args, **kwargs)
+    return result if hook is None else hook.post_forward(layer, result)
+
+
+def with_parameters(layer: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """A layer that shares everything with another but these parameters.
+
+    `torch.func.functional_call` would put them into the layer itself while it runs, where other threads see them.
+    """
+    own = type(layer).__new__(type(layer))
+    own.__dict__.update(layer.__dict__)
+    own.__dict__["_parameters"] = dict(layer._parameters)
+    children: dict[str, dict[str, Tensor]] = {}
+    for name, value in parameters.items():
+        child, dot, rest = name.partition(".")
+        if dot:
+            children.setdefault(child, {})[rest] = value
+        else:
+            own._parameters[name] = value
+    if children:
+        own.__dict__["_modules"] = dict(layer._modules)
+        for child, values in children.items():
+            own._modules[child] = with_parameters(layer._modules[child], values)
+    if isinstance(own, nn.RNNBase):  # it keeps a list of them, for cuDNN
+        own.__dict__["_flat_weights"] = [getattr(own, name) for name in own._flat_weights_names]
+    return own
+
+
+def batch_shape(args, kwargs) -> torch.Size:
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape
+    raise RoutingError("a DTS layer was called without any tensor that has a batch dimension.")
+
+
+def map_rows(function, rows: int, args, kwargs, least_dim: int = 1):
+    """Apply ``function`` to every tensor of the arguments whose first dimension is the batch."""
+
+    def on_leaf(leaf):
+        has_rows = isinstance(leaf, Tensor) and leaf.dim() >= least_dim and leaf.shape[0] == rows
+        return function(leaf) if has_rows else leaf
+
+    return pytree.tree_map(on_leaf, (tuple(args), dict(kwargs)))
+
+
+def merge_rows(results: list, members: list[list[int]]):
+    """Outputs of parts of a batch, back in the order of its rows."""
+    order = torch.tensor([row for part in members for row in part]).argsort()
+
+    def merge(*leaves):
+        if not isinstance(leaves[0], Tensor):
+            return leaves[0]
+        if len({leaf.shape[1:] for leaf in leaves}) > 1:
+            raise RoutingError(
+                f"the adapters of this batch give outputs of different shapes, {[list(t.shape[1:]) for t in leaves]} "
+                "a row (heads of different sizes); run them in separate batches."
+            )
+        return torch.cat(leaves)[order.to(leaves[0].device)]
+
+    return pytree.tree_map(merge, *results)
