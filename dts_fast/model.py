@@ -286,7 +286,8 @@ class DTSModel(nn.Module):
 
     def forward(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
         """The model's forward; ``adapter_names`` gives one name for all rows, or one for each."""
-        with self._routed(adapter_names):
+        main = _main_input(args, kwargs)
+        with self._routed(adapter_names, rows=None if main is None else main.shape[0]):
             return self.model(*args, **kwargs)
 
     @torch.no_grad()
@@ -397,7 +398,9 @@ class DTSModel(nn.Module):
         return self._residency.lease(names, self._load_again)
 
     @contextmanager
-    def _routed(self, adapter_names: str | Sequence[str] | None, expandable: bool = False) -> Iterator[None]:
+    def _routed(
+        self, adapter_names: str | Sequence[str] | None, expandable: bool = False, rows: int | None = None
+    ) -> Iterator[None]:
         """A route whose adapters stay what they are until it ends."""
         if adapter_names is None and current_route() is not None:
             yield  # an outer one of the user's
@@ -407,7 +410,8 @@ class DTSModel(nn.Module):
         distinct = [names] if isinstance(names, str) else chosen.adapter_names
         slots = self._lease(distinct)
         try:
-            with route(names, expandable=expandable, lease=Lease(self.slots, slots, self._device())):
+            lease = Lease(self.slots, slots, self._device())
+            with route(names, expandable=expandable, lease=lease, rows=rows):
                 yield
         finally:
             self.slots.end_lease(slots.values())
@@ -427,8 +431,7 @@ class DTSModel(nn.Module):
         if isinstance(current, _BatchRoute) or (own and isinstance(names, str)):
             return
         if not isinstance(names, str):
-            tensors = (*args, *(kwargs.get(name) for name in _MAIN_INPUTS))
-            main = next((t for t in tensors if isinstance(t, Tensor)), None)
+            main = _main_input(args, kwargs)
             if main is None:
                 return
             names = current.names_for(main.shape[0])
@@ -512,6 +515,12 @@ def _leave_batch(module: nn.Module, args: tuple, output: object) -> None:
         current.__exit__()
         if current.ends:
             current.lease.table.end_lease(current.lease.slots.values())
+
+
+def _main_input(args: tuple, kwargs: Mapping[str, object]) -> Tensor | None:
+    """What a model is called with that has the batch's rows; None where that is not known."""
+    given = (*args, *(kwargs.get(name) for name in _MAIN_INPUTS))
+    return next((t for t in given if isinstance(t, Tensor)), None)
 
 
 _MAIN_INPUTS = (

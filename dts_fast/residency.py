@@ -151,7 +151,7 @@ class Residency:
         later = [table.slot(n) for n in {*(table.removable(keep) if self.evicts else []), *own}] + table.retiring
         if table.free + len(later) > 0 and fits(later):
             return None
-        if table.free == 0:
+        if table.free + len(later) == 0:
             return table.reserve()  # says what takes the slots
         raise CapacityError(
             f"adapter {name!r} does not fit in the memory for adapters"

@@ -48,6 +48,8 @@ class route:  # noqa: N801 (used like a function)
         flattened: a matrix ``[B * T, features]`` counts as B rows of T neighbouring entries each, B being the number
             of names (some models flatten tokens before their linear layers).
         lease: the names' slots, where a model has looked them up for all its layers.
+        rows: of the batch, where it is known: a single name then means so many, and graphs that are compiled for one
+            serve the other.
 
     Raises:
         RoutingError: within, a layer's input has another number of rows.
@@ -61,6 +63,7 @@ class route:  # noqa: N801 (used like a function)
         expandable: bool = False,
         flattened: bool = False,
         lease: Lease | None = None,
+        rows: int | None = None,
     ) -> None:
         if not isinstance(adapter_names, str):
             adapter_names = tuple(adapter_names)
@@ -75,8 +78,9 @@ class route:  # noqa: N801 (used like a function)
         # For compiled graphs, to which names would be constants.
         self.ids: Tensor | None = None
         if lease is not None:
-            slots = [lease.slots[n] for n in ([adapter_names] if isinstance(adapter_names, str) else adapter_names)]
-            self.ids = slot_ids(slots, len(slots), lease.device)
+            single = isinstance(adapter_names, str)
+            slots = [lease.slots[name] for name in ([adapter_names] if single else adapter_names)]
+            self.ids = slot_ids(slots, rows if single and rows else len(slots), lease.device)
 
     def __enter__(self) -> route:
         _ROUTES.stack.append(self)
@@ -204,6 +208,6 @@ def _make_slot_ids(slots: Slots, rows: int, device: torch.device) -> Tensor:
         names = slots.shape[0]
         if rows % names:
             raise RoutingError(f"{names} adapter names for a batch of {rows} rows; expected one for each row, or one.")
-        return slots.to(device)[:, None].expand(names, rows // names).reshape(rows)
+        return slots.to(device)[:, None].expand(names, rows // names).contiguous().view(rows)
     ids = torch.tensor(slots, dtype=torch.int32)
     return ids.repeat_interleave(rows // len(slots)).to(device)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dts_fast import native, ops, reference
+from dts_fast import gpu, native, ops, reference
 from dts_fast.bank import Bank
 from dts_fast.codes import CodedMatrix, LowRankDelta, PageLayout, from_pages, pack, to_pages
 from dts_fast.packing import pack_weight, packed_shape, unpack_weight
@@ -262,6 +262,53 @@ def test_rows_of_a_real_layer_do_not_depend_on_their_neighbours_slots(backend):
     slots[::7] = 1
     mixed = BACKENDS[backend].linear(x, weight, None, *bank.tensors, slots)
     assert torch.equal(mixed[::7], alone[::7])
+
+
+EMBEDDINGS = {
+    "plain": reference.embedding_delta,
+    "registered": ops.embedding_delta,
+    **{f"cpu {isa}": on_isa(isa, ops.embedding_delta) for isa in ISAS},
+    "as on a GPU": gpu.embedding_delta,
+}
+
+
+@pytest.mark.parametrize("backend", EMBEDDINGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
+def test_embedding_delta_against_the_reference(backend, shape, ids_dtype):
+    m, k, n, ranks = shape
+    bank, _ = make_bank(n, k, ranks)
+    layout = PageLayout(n, k)
+    ids, slot_ids = torch.randint(0, n, (m,), dtype=ids_dtype), torch.randint(-1, len(ranks) + 2, (m,)).int()
+    delta = EMBEDDINGS[backend](ids, layout, *bank.tensors, slot_ids)
+    assert (delta.shape, delta.dtype) == ((m, k), torch.float32)
+    truth = reference.embedding_delta(ids, layout, *bank.tensors, slot_ids, torch.float64)
+    one_hot = torch.nn.functional.one_hot(ids.long(), n).double()
+    by_matrix = torch.zeros(m, k, dtype=torch.float64)
+    reference.add_delta_(by_matrix, one_hot, *bank.tensors, slot_ids, transpose=True)
+    torch.testing.assert_close(truth, by_matrix)
+    # Float32 sums over up to 300 ranks.
+    torch.testing.assert_close(delta.double(), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max() if m else 0))
+    assert bool((delta[slot_ids < 0] == 0).all())
+
+
+def test_embedding_delta_refuses_what_does_not_fit():
+    bank, _ = make_bank(10, 12, [3])
+    ids, slot_ids, layout = torch.tensor([1, 9]), torch.tensor([0, -1]).int(), PageLayout(10, 12)
+    torch.library.opcheck(torch.ops.dts_fast.embedding_delta.default, (ids, 10, 12, *bank.tensors, slot_ids))
+    for run in (torch.ops.dts_fast.embedding_delta, ops._embedding_delta_plain):
+        for wrong, message in (
+            ((torch.tensor([1, 10]), slot_ids), r"ids: expected 0\.\.9, got 1\.\.10"),
+            ((torch.tensor([-1, 1]), slot_ids), r"ids: expected 0\.\.9"),
+            ((torch.tensor([1.0, 2.0]), slot_ids), "ids: expected int64 or int32"),
+            ((ids[None], slot_ids), "ids: expected int64 or int32"),
+            ((ids, slot_ids[:1]), "one slot for each row"),
+            ((ids, torch.tensor([0, 7]).int()), "expected -1"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                run(wrong[0], layout.n, layout.k, *bank.tensors, wrong[1])
+        with pytest.raises(ValueError, match="rank pages of a layer"):
+            run(ids, 100, 12, *bank.tensors, slot_ids)
 
 
 def op_arguments(dtype=torch.float32, requires_grad=False):

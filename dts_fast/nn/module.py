@@ -227,6 +227,8 @@ def run_with(layer: nn.Module, parameters: Mapping[str, Tensor], args: tuple, kw
     Raises:
         RoutingError: a layer whose forward was replaced by something unknown.
     """
+    if torch.compiler.is_compiling():  # what a graph is made of no other thread sees
+        return torch.func.functional_call(layer, dict(parameters), args, kwargs)
     hook = layer.__dict__.get("_hf_hook")  # accelerate's: it moves inputs, and weights that are kept elsewhere
     if hook is None and "forward" in layer.__dict__:
         raise RoutingError(

@@ -11,7 +11,7 @@ from ..bank import VectorTable
 from ..codes import is_matrix
 from ..routing import Slots, current_slots, slot_ids
 from ..slots import SlotTable
-from .module import DTSModule, Parameter, with_parameters
+from .module import DTSModule, Parameter, run_with, with_parameters
 
 
 class DTSNorm(DTSModule):
@@ -72,7 +72,7 @@ class DTSNorm(DTSModule):
             if self._native and not args and not kwargs:
                 weight, bias = (own.get(name, layer._parameters[name]) for name in ("weight", "bias"))
                 return nn.functional.layer_norm(input, layer.normalized_shape, weight, bias, layer.eps)
-            return _run_with(layer, own, input, *args, **kwargs)
+            return run_with(layer, own, (input, *args), kwargs)
         if isinstance(slots, list) and not any(slot in self.loaded for slot in slots):
             return layer(input, *args, **kwargs)
         ids = slot_ids(slots, input.shape[0], input.device)
@@ -97,13 +97,7 @@ def _run_each(layer: nn.Module, own: Mapping[str, Tensor], input: Tensor, *args,
         y = nn.functional.rms_norm(input.to(wide), layer.normalized_shape, None, eps)
         return (y * own["weight"].to(wide)).to(input.dtype)
     # Models' own norms multiply in Python, where a weight with a dimension for the batch is as good as one without.
-    return _run_with(layer, own, input, *args, **kwargs)
-
-
-def _run_with(layer: nn.Module, own: Mapping[str, Tensor], input: Tensor, *args, **kwargs) -> Tensor:
-    if torch.compiler.is_compiling():  # what a graph is made of no other thread sees
-        return torch.func.functional_call(layer, dict(own), (input, *args), kwargs)
-    return with_parameters(layer, own)(input, *args, **kwargs)
+    return run_with(layer, own, (input, *args), kwargs)
 
 
 _ROWS = 2

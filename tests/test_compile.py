@@ -1,0 +1,104 @@
+"""Compiled models: one graph for all adapters, and none compiled again for a load, an eviction or a switch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dts_fast import DTSConfig, DTSModel, compress
+
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 56}
+MAKE = {
+    "llama": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=99, num_key_value_heads=2, tie_word_embeddings=True, **SIZES)
+    ),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(vocab_size=99, num_key_value_heads=2, tie_word_embeddings=False, **SIZES)
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    ),
+    "bert": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(vocab_size=99, num_labels=3, **SIZES)
+    ),
+}
+NAMES = "abcd"
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def folder(request, tmp_path_factory):
+    torch.manual_seed(0)
+    folder, base = tmp_path_factory.mktemp(request.param), MAKE[request.param]()
+    base.save_pretrained(folder / "base")
+    for name in NAMES:
+        tuned = MAKE[request.param]()
+        tuned.load_state_dict({n: p + 0.05 * torch.randn_like(p) for n, p in base.state_dict().items()})
+        tuned.save_pretrained(folder / f"tuned_{name}")
+        compress(folder / "base", folder / f"tuned_{name}", folder / name, DTSConfig(rank=5))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def decode(model: DTSModel, names: str | list[str]) -> torch.Tensor:
+    """Logits of a prompt and three more tokens, with a cache of fixed size where the model generates."""
+    ids = torch.arange(3, 17).reshape(2, 7)
+    if not model.can_generate():
+        return model(ids, adapter_names=names).logits
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    logits = [model(ids, past_key_values=cache, use_cache=True, adapter_names=names).logits]
+    for step in range(3):
+        logits.append(model(ids[:, step : step + 1], past_key_values=cache, use_cache=True, adapter_names=names).logits)
+    return torch.cat(logits, 1)
+
+
+def test_loading_evicting_and_switching_compile_nothing_anew(folder):
+    eager = DTSModel.from_pretrained(folder / "base", folder / "a", "a")
+    for name in NAMES[1:]:
+        eager.load_adapter(folder / name, name)
+    model = DTSModel.from_pretrained(folder / "base", folder / "a", "a", max_adapters=2, max_rank=5, eviction="lru")
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter, fullgraph=True, dynamic=False)
+    decode(model, ["a", "__base__"])
+    frames = counter.frame_count
+    assert frames == (2 if model.can_generate() else 1)  # the prompt, and a token
+    torch.compiler.set_stance("fail_on_recompile")
+    for name in NAMES[1:]:
+        model.load_adapter(folder / name, name)
+    for names in (["b", "c"], ["d", "a"], ["__base__", "__base__"], "c", "__base__", ["c", "b"], ["a", "a"]):
+        # The same operations in another order of fusion; nothing but float32 rounding.
+        torch.testing.assert_close(decode(model, names), decode(eager, names), rtol=1e-4, atol=1e-5)
+    model.set_adapter("d")
+    torch.testing.assert_close(decode(model, None), decode(eager, "d"), rtol=1e-4, atol=1e-5)
+    model.delete_adapter("d")
+    model.load_adapter(folder / "b", "c", replace=True)
+    torch.testing.assert_close(decode(model, ["c", "b"]), decode(eager, "b"), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == frames
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_generation_with_a_static_cache_compiles_nothing_anew(folder):
+    model = DTSModel.from_pretrained(folder / "base", folder / "a", "a", max_rank=5)
+    for name in NAMES[1:]:
+        model.load_adapter(folder / name, name)
+    ids = torch.arange(3, 12).reshape(3, 3)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0, "cache_implementation": "static"}
+    cases = [["a", "b", "__base__"], ["c", "d", "a"], ["b", "b", "b"]]
+    expected = [model.generate(ids, adapter_names=names, **settings) for names in cases]
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter, fullgraph=True, dynamic=False)
+    assert torch.equal(model.generate(ids, adapter_names=cases[0], **settings), expected[0])
+    frames = counter.frame_count
+    assert frames >= 2
+    for names, tokens in zip(cases[1:], expected[1:], strict=True):
+        assert torch.equal(model.generate(ids, adapter_names=names, **settings), tokens)
+    assert counter.frame_count == frames
