@@ -11,8 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import re
+import struct
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +49,10 @@ _DTYPE_NAMES = {
     torch.float8_e5m2: "F8_E5M2",
     torch.uint8: "U8",
 }
+
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()} | {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+}  # fmt: skip
 
 Parameter = Delta | Tensor
 
@@ -159,7 +166,7 @@ def directory_size(path: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(path).iterdir())
 
 
-def load_adapter(path: str | Path, *, verify_checksum: bool = True) -> Adapter:
+def load_adapter(path: str | Path, *, verify_checksum: bool = True, mapped: bool = False) -> Adapter:
     """Read an adapter directory or hub id after checking all of it.
 
     Names, shapes, dtypes and the format version are checked from the headers before any tensor is allocated.
@@ -167,6 +174,8 @@ def load_adapter(path: str | Path, *, verify_checksum: bool = True) -> Adapter:
     Args:
         verify_checksum: compare the weights with the SHA-256 in the config; turn it off only where the same file
             was verified before.
+        mapped: leave the codes of matrices in the file, memory-mapped, for a caller that soon drops them: they change
+            with the file.
 
     Raises:
         AdapterFormatError: anything missing, damaged, inconsistent or of an unknown version.
@@ -178,16 +187,20 @@ def load_adapter(path: str | Path, *, verify_checksum: bool = True) -> Adapter:
     if not weights.is_file():
         raise AdapterFormatError(f"{folder}: expected {WEIGHTS_NAME} beside {CONFIG_NAME}, found none.")
     try:
-        with safe_open(weights, framework="pt") as handle:
-            headers = {}
-            for name in handle.keys():  # noqa: SIM118 (a handle is no dict)
-                part = handle.get_slice(name)
-                headers[name] = (part.get_dtype(), tuple(part.get_shape()))
-            layout = _check_headers(weights, headers, config["shapes"])
-            if verify_checksum:
-                _check_checksum(weights, str(config["weights_sha256"]))
-            read = {name: _read(handle, name, kind, shape) for name, (kind, shape) in sorted(layout.items())}
-            parameters = _with_sums(weights, read)
+        data = _map(weights)
+        with ThreadPoolExecutor(1) as beside:  # a checksum is as much work as all the rest
+            digest = beside.submit(lambda: hashlib.sha256(data).hexdigest()) if verify_checksum else None
+            with safe_open(weights, framework="pt"):  # the library checks sizes and offsets
+                stored = _Stored(data, copies=not mapped)
+            layout = _check_headers(weights, stored.headers, config["shapes"])
+            stored.attach()
+            read = {name: _read(stored, name, kind, shape) for name, (kind, shape) in sorted(layout.items())}
+        if digest is not None and digest.result() != config["weights_sha256"]:
+            raise AdapterFormatError(
+                f"{weights}: damaged: SHA-256 is {digest.result()[:16]}..., the config says "
+                f"{str(config['weights_sha256'])[:16]}.... Copy or download the adapter again."
+            )
+        parameters = _with_sums(weights, read)
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(
             f"{weights}: damaged ({error}). It may be truncated; copy or download the adapter again."
@@ -335,14 +348,69 @@ def _declared_shape(file: Path, name: str, shapes: Mapping[str, object], default
     return tuple(shape)
 
 
-def _read(handle: safe_open, name: str, kind: str, shape: tuple[int, ...] | None) -> Parameter:
-    # Cloned: the handle's tensors keep the whole file mapped, and a file that is later changed would change them.
+def _map(file: Path) -> mmap.mmap:
+    """A file in memory.
+
+    Raises:
+        SafetensorError: it is empty.
+    """
+    with file.open("rb") as handle:
+        if not file.stat().st_size:
+            raise SafetensorError("the file is empty")
+        # Copy on write: torch wants writable memory, and the file is not to be written to.
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+class _Stored:
+    """The tensors of a safetensors file whose header was checked, as views of its mapped data: the library's own
+    `get_tensor` takes ten times as long, and an adapter has thousands of small ones.
+
+    Args:
+        mapping: the file.
+        copies: whether bytes (codes) are copied, as all else is.
+    """
+
+    def __init__(self, mapping: mmap.mmap, copies: bool) -> None:
+        (size,) = struct.unpack_from("<Q", mapping)
+        self.mapping, self.copies, self.begin = mapping, copies, 8 + size
+        self.entries = json.loads(mapping[8 : self.begin])
+        self.entries.pop("__metadata__", None)
+        self.parts: dict[str, tuple[int, Tensor]] = {}
+
+    @property
+    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """dtype and shape of each tensor."""
+        return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self.entries.items()}
+
+    def attach(self) -> None:
+        """Make the data there; before, nothing is allocated."""
+        data = torch.frombuffer(self.mapping, dtype=torch.uint8)[self.begin :]
+        ends: dict[str, list[int]] = {}
+        for entry in self.entries.values():
+            first, last = entry["data_offsets"]
+            known = ends.setdefault(entry["dtype"], [first, last])
+            known[:] = min(known[0], first), max(known[1], last)
+        # All of a dtype lie side by side, and are one copy.
+        for name, (first, last) in ends.items():
+            part = data[first:last]
+            self.parts[name] = first, (part if name == "U8" and not self.copies else part.clone()).view(_DTYPES[name])
+
+    def get(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        start, part = self.parts[entry["dtype"]]
+        first, last = entry["data_offsets"]
+        size = part.element_size()
+        values = part[(first - start) // size : (last - start) // size]
+        return values if len(entry["shape"]) == 1 else values.view(entry["shape"])
+
+
+def _read(stored: _Stored, name: str, kind: str, shape: tuple[int, ...] | None) -> Parameter:
     if kind == "whole":
-        return handle.get_tensor(name).clone()
+        return stored.get(name).clone()
     if kind == "vector":
-        codes, levels = (handle.get_tensor(f"{name}.{part}").clone() for part in _VECTOR_PARTS)
+        codes, levels = (stored.get(f"{name}.{part}").clone() for part in _VECTOR_PARTS)  # these are kept
         return CodedVector(codes, levels, shape)
-    parts = {part: handle.get_tensor(f"{name}.{part}").clone() for part in _MATRIX_PARTS}
+    parts = {part: stored.get(f"{name}.{part}") for part in _MATRIX_PARTS}
     n, k = matrix_shape(shape)
     u = CodedMatrix(parts["u_codes"], parts["u_levels"], n)
     v = CodedMatrix(parts["v_codes"], parts["v_levels"], k)
@@ -368,24 +436,20 @@ def _with_sums(file: Path, parameters: Mapping[str, Parameter]) -> dict[str, Par
     return {name: DeltaSum(tuple(terms)) if len(terms) > 1 else terms[0] for name, terms in grouped.items()}
 
 
-def _check_checksum(file: Path, expected: str) -> None:
-    with file.open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else None
-        if found is None:  # Python 3.10
-            found = hashlib.sha256(handle.read()).hexdigest()
-    if found != expected:
-        raise AdapterFormatError(
-            f"{file}: damaged: SHA-256 is {found[:16]}..., the config says {expected[:16]}.... Copy or download the "
-            "adapter again."
-        )
-
-
 def _check_values(file: Path, parameters: Mapping[str, Parameter]) -> None:
     """Scales and levels must be finite; every code is valid by construction."""
+    floats = {}
     for name, parameter in parameters.items():
         for part, tensor in tensors_of(name, parameter).items():
-            if tensor.dtype != torch.uint8 and not bool(torch.isfinite(tensor.float()).all()):
-                raise AdapterFormatError(f"{file}: {part!r} holds NaN or Inf; expected finite values.")
+            if tensor.dtype != torch.uint8:
+                floats[part] = tensor
+    small = [tensor for tensor in floats.values() if tensor.dtype == torch.float32 and tensor.numel() < 1 << 16]
+    large = [tensor for tensor in floats.values() if tensor.dtype != torch.float32 or tensor.numel() >= 1 << 16]
+    together = [torch.cat([tensor.reshape(-1) for tensor in small])] if small else []  # one check for thousands
+    if all(bool(torch.isfinite(tensor.float()).all()) for tensor in together + large):
+        return
+    wrong = next(part for part, tensor in floats.items() if not bool(torch.isfinite(tensor.float()).all()))
+    raise AdapterFormatError(f"{file}: {wrong!r} holds NaN or Inf; expected finite values.")
 
 
 def _shape_from_codes(parameter: LowRankDelta | CodedVector) -> tuple[int, ...]:

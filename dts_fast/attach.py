@@ -34,6 +34,7 @@ class LiveModel:
             self._first_path.setdefault(id(module), path)
         self._aliases = _aliases(model)
         self._names_in_checkpoint = _names_in_checkpoint(model)
+        self._last: tuple[object, ...] = (None,)
         for path, module in self.modules.items():
             if _keeps_its_weight_elsewhere(module):
                 name = f"{path}.weight"
@@ -49,6 +50,13 @@ class LiveModel:
         Raises:
             BaseMismatchError: deltas of parameters that the model does not have.
         """
+        key = tuple((name, isinstance(parameter, Tensor)) for name, parameter in adapter.parameters.items())
+        if key == self._last[0]:  # adapters of one base mostly change the same parameters
+            places, live = self._last[1:]
+            owned: Owned = {}
+            for name, path, leaf in places:
+                owned.setdefault(path, {})[leaf] = adapter.parameters[name]
+            return owned, live
         strip, add = common_prefix(self._names_in_checkpoint, adapter.parameters)
         live = {add + name.removeprefix(strip): own for name, own in self._names_in_checkpoint.items()}
         of_live = {own: name for name, own in live.items()}
@@ -59,9 +67,10 @@ class LiveModel:
                 f"(first: {missing[0]}). Expected {adapter.config['base_model_name_or_path']}, got "
                 f"{type(self.root).__name__}."
             )
-        owned: Owned = {}
+        owned, places, known = {}, [], True
         for name, parameter in adapter.parameters.items():
             if name not in live:
+                known = False
                 warnings.warn(
                     f"{type(self.root).__name__} has no parameter {name!r}, which the adapter stores whole; it is "
                     "not used. Load the base by its path to get the fine-tune's model class.",
@@ -73,7 +82,11 @@ class LiveModel:
                 alias = of_live.get(f"{path}.{leaf}", name)
                 if alias == name or alias not in adapter.parameters:
                     owned.setdefault(path, {})[leaf] = parameter
-        return owned, {name: live[name] for name in adapter.deltas}
+                    places.append((name, path, leaf))
+        live = {name: live[name] for name in adapter.deltas}
+        if known:
+            self._last = key, places, live
+        return owned, live
 
     def check_base(self, adapter: Adapter, live: Mapping[str, str]) -> None:
         """Refuse an adapter that was made for another base (`check_fingerprint`); ``live`` as `owners` returns it.

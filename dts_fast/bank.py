@@ -10,18 +10,33 @@ that), and tensors that grow are replaced all together.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
 
-from .codes import Delta
+from .codes import Delta, DeltaSum, LowRankDelta, num_pages, terms_of
 from .errors import CapacityError
 from .mixture import mix
+from .paging import pages_of
 
 # How many adapters' pages a mixture may list in a bank of fixed capacity: every entry of a list is there for all slots.
 _MOST_MEMBERS = 8
+
+
+def _outside_inference_mode(method: Callable[..., None]) -> Callable[..., None]:
+    """Whatever mode the caller is in: tensors born in it could be neither changed nor saved for backward later."""
+
+    @wraps(method)
+    def run(*args, **kwargs) -> None:
+        if not torch.is_inference_mode_enabled():  # entering a mode takes longer than a small page
+            return method(*args, **kwargs)
+        with torch.inference_mode(False):
+            return method(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -97,27 +112,46 @@ class Bank(nn.Module):
         left = {page for slot, pages in self._listed.items() if slot not in without for page in pages}
         return count <= len(self._free) + len(freed - left)
 
-    # Outside inference mode, whatever the caller is in: tensors born in it could be neither changed nor saved for
-    # backward later.
-    @torch.inference_mode(False)
     def load(self, slot: int, pages: Tensor, weight: float = 1.0) -> None:
         """Write the pages of an adapter and let a slot list them.
 
         Raises:
             CapacityError: a bank of fixed capacity has too few pages; nothing was changed.
         """
-        count = pages.shape[0]
+
+        def write(taken: list[int]) -> None:
+            for first, last in _runs(taken):
+                self.pages[taken[first] : taken[last] + 1].copy_(_staged(pages[first : last + 1], self.pages), True)
+
+        self._load(slot, pages.shape[0], write, weight)
+
+    def load_delta(self, slot: int, delta: LowRankDelta | DeltaSum) -> None:
+        """`load` of a delta's pages, written where they are to lie."""
+        if self._buffers["pages"].is_cuda or terms_of(delta)[0].s.is_cuda:
+            self.load(slot, pages_of(delta))
+            return
+
+        def write(taken: list[int]) -> None:
+            pages = self._buffers["pages"]
+            if taken[-1] - taken[0] == len(taken) - 1:
+                pages_of(delta, out=pages.narrow(0, taken[0], len(taken)))
+            else:
+                pages[taken] = pages_of(delta)
+
+        self._load(slot, sum(num_pages(term.rank) for term in terms_of(delta)), write, 1.0)
+
+    @_outside_inference_mode
+    def _load(self, slot: int, count: int, write: Callable[[list[int]], None], weight: float) -> None:
         if self.arena is not None and count > self.arena.per_slot:
             raise CapacityError(f"the adapter takes {count} pages, a slot of this bank at most {self.arena.per_slot}.")
         self._make_room(count, reusable=len(self._only_in(slot)))
         self.evict(slot)
         taken, self._free = self._free[:count], self._free[count:]
         if count:
-            for first, last in _runs(taken):
-                self.pages[taken[first] : taken[last] + 1].copy_(_staged(pages[first : last + 1], self.pages), True)
-            self._list(slot, taken, torch.full((count,), weight))
+            write(taken)
+            self._list(slot, taken, weight)
 
-    @torch.inference_mode(False)
+    @_outside_inference_mode
     def share(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
         """Let a slot list the pages of other slots, each with that slot's weight times one of the mixture's: an exact
         sum that costs no pages. The pages stay as long as any slot lists them.
@@ -138,7 +172,7 @@ class Bank(nn.Module):
         if pages:
             self._list(slot, pages, torch.cat(weights))
 
-    @torch.inference_mode(False)
+    @_outside_inference_mode
     def evict(self, slot: int) -> None:
         """Empty a slot and free the pages that no other slot shares."""
         listed = self._listed.pop(slot, [])
@@ -151,13 +185,19 @@ class Bank(nn.Module):
             if not self._users[page]:
                 del self._users[page]
                 freed.append(page)
-        self._free = sorted(self._free + freed)
+        self._free += freed
+        self._free.sort()
 
-    def _list(self, slot: int, pages: list[int], weights: Tensor) -> None:
-        self.slot_weights[slot, : len(pages)].copy_(_staged(weights, self.pages), True)
+    def _list(self, slot: int, pages: list[int], weights: Tensor | float) -> None:
+        _, slot_pages, slot_weights = self.tensors
+        own_weights = slot_weights.select(0, slot).narrow(0, 0, len(pages))
+        if isinstance(weights, Tensor):
+            own_weights.copy_(weights)
+        else:
+            own_weights.fill_(weights)
         # The list last: until it stands, the slot is empty for whoever reads it.
         listed = torch.tensor(pages, dtype=torch.int32)
-        self.slot_pages[slot, : len(pages)].copy_(_staged(listed, self.pages), True)
+        slot_pages.select(0, slot).narrow(0, 0, len(pages)).copy_(_staged(listed, slot_pages), True)
         self._listed[slot] = pages
         for page in pages:
             self._users[page] = self._users.get(page, 0) + 1
@@ -174,7 +214,7 @@ class Bank(nn.Module):
         Raises:
             CapacityError: what is fixed is too small.
         """
-        length, free = self.slot_pages.shape[1], len(self._free) + reusable
+        length, free = self._buffers["slot_pages"].shape[1], len(self._free) + reusable
         if count > length and self.arena is not None:
             raise CapacityError(f"the mixture lists {count} pages, a slot of this bank at most {length}.")
         new = count if new is None else new
@@ -246,7 +286,7 @@ class VectorTable(nn.Module):
         """Bytes of a slot's row, and of the codes that it was made from."""
         return self.values[0].nbytes + self.deltas[slot].nbytes if slot in self.deltas else 0
 
-    @torch.inference_mode(False)
+    @_outside_inference_mode
     def load(self, slot: int, delta: Delta) -> None:
         """Personalise a slot's row."""
         base = self.values[-1]
@@ -260,7 +300,7 @@ class VectorTable(nn.Module):
         if mixed is not None:
             self.load(slot, mixed)
 
-    @torch.inference_mode(False)
+    @_outside_inference_mode
     def evict(self, slot: int) -> None:
         if self.deltas.pop(slot, None) is not None:
             self.values[slot] = self.values[-1]

@@ -64,7 +64,7 @@ def dequantize(packed: Tensor, levels: Tensor, n: int) -> Tensor:
         ``[..., n]`` in the dtype of ``levels``.
     """
     # One lookup per byte in a table of 256 x 4 values: four times fewer gathers than one per code.
-    table = levels[_codes_of_every_byte(levels.device)]
+    table = levels.index_select(0, _codes_of_every_byte(levels.device).view(-1)).view(-1, CODES_PER_BYTE)
     return torch.nn.functional.embedding(packed.int(), table).flatten(-2)[..., :n]
 
 

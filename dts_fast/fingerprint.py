@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -59,18 +60,20 @@ def check_fingerprint(fingerprint: str, parameters: Mapping[str, Tensor | Elemen
         BaseMismatchError: some samples differ by more than rounding to bfloat16 or float16 explains.
         AdapterFormatError: the fingerprint has another length than the parameters imply.
     """
-    differing, rounded = [], []
-    for name, row in _samples_of(fingerprint, parameters.keys()).items():
-        parameter = parameters[name]
-        live = sample(parameter, len(row))
-        if not getattr(parameter, "exact", True):
-            rounded.append((name, live, row))
-        elif not torch.allclose(live, row, rtol=_RELATIVE_TOLERANCE, atol=_ABSOLUTE_TOLERANCE):
-            differing.append(name)
-    if rounded:
-        live, row = (torch.cat(values) for values in list(zip(*rounded, strict=True))[1:])
-        if torch.linalg.vector_norm(live - row) > _QUANTISED_TOLERANCE * torch.linalg.vector_norm(row):
-            differing += [name for name, _, _ in rounded]
+    expected = _samples_of(fingerprint, parameters.keys())
+    found = {name: parameters[name] for name in expected}
+    differing = []
+    for exact in (True, False):
+        names = [name for name, parameter in found.items() if getattr(parameter, "exact", True) == exact]
+        if not names:
+            continue
+        rows = torch.stack([expected[name] for name in names])
+        live = torch.stack([sample(found[name], rows.shape[1]) for name in names])
+        if exact:
+            close = torch.isclose(live, rows, rtol=_RELATIVE_TOLERANCE, atol=_ABSOLUTE_TOLERANCE).all(1)
+            differing += [name for name, same in zip(names, close.tolist(), strict=True) if not same]
+        elif torch.linalg.vector_norm(live - rows) > _QUANTISED_TOLERANCE * torch.linalg.vector_norm(rows):
+            differing += names
     if differing:
         raise BaseMismatchError(
             f"this is not the base the adapter was made for: expected {base}, but {len(differing)} of "
@@ -115,11 +118,16 @@ class Elements(Protocol):
 
 def sample(parameter: Tensor | Elements, count: int) -> Tensor:
     """``count`` elements at fixed positions spread over a parameter, as float64 on the CPU."""
-    positions = torch.tensor(_POSITIONS[:count]) * parameter.numel() // (2 * len(_POSITIONS))
+    positions = _positions(parameter.numel(), count)
     if not isinstance(parameter, Tensor):
         return parameter.elements(positions).cpu().double()
     flat = parameter.detach().reshape(-1)
-    return flat[positions.to(flat.device)].cpu().double()
+    return flat.index_select(0, positions.to(flat.device)).cpu().double()
+
+
+@lru_cache(maxsize=256)
+def _positions(numel: int, count: int) -> Tensor:
+    return torch.tensor(_POSITIONS[:count]) * numel // (2 * len(_POSITIONS))
 
 
 def _encode(samples: Sequence[Tensor]) -> str:

@@ -123,7 +123,7 @@ class DTSModel(nn.Module):
             AdapterFormatError, BaseMismatchError: see `load_adapter`.
             CheckpointError: the base cannot be read.
         """
-        loaded = load_adapter(adapter)
+        loaded = load_adapter(adapter, mapped=True)
         if not isinstance(base_model, nn.Module):
             base_model = _load_base(base_model, loaded.config["model_config"], model_kwargs)
         model = cls(
@@ -162,7 +162,7 @@ class DTSModel(nn.Module):
         if not (replace and adapter_name in self.slots.names):
             self.slots.check_new(adapter_name)
         source = _Source.of(locate_adapter(adapter))
-        self._attach(load_adapter(adapter), adapter_name, verify_base, replace)
+        self._attach(load_adapter(adapter, mapped=True), adapter_name, verify_base, replace)
         self._sources[adapter_name] = source
 
     @property
@@ -445,7 +445,8 @@ class DTSModel(nn.Module):
         source = self._sources.get(name)
         if source is None or name in self.slots.resident:
             return  # deleted meanwhile, or loaded by another thread
-        adapter = load_adapter(source.folder, verify_checksum=source != _Source.of(source.folder))
+        checked = source == _Source.of(source.folder)
+        adapter = load_adapter(source.folder, verify_checksum=not checked, mapped=True)
         self._attach(adapter, name, verify_base=False, replace=True, keep=keep)
 
     def _attach(

@@ -463,7 +463,7 @@ def test_convolution_rows_use_their_own_kernels(kind, dtype):
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.ConvTranspose2d(4, 4, 3), nn.Conv1d(4, 1, 3)],
+    [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.ConvTranspose2d(4, 4, 3), nn.Conv1d(5, 1, 4)],
     ids=str,
 )
 def test_other_convolutions_take_the_general_way(layer):

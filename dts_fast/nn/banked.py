@@ -44,7 +44,7 @@ class BankedModule(DTSModule):
         if not _are_deltas(parameters):
             return super().load_slot(slot, parameters)
         if "weight" in parameters:
-            self.bank.load(slot, self._to_pages(parameters["weight"]))
+            self.bank.load_delta(slot, self._for_pages(parameters["weight"]))
         if "bias" in parameters:
             self._bias_table().load(slot, parameters["bias"])
         self.loaded[slot] = frozenset(parameters)
@@ -92,11 +92,11 @@ class BankedModule(DTSModule):
 
     # Between the parameter's own shape and the bank's pages.
 
-    def _to_pages(self, matrix) -> Tensor:
-        raise NotImplementedError
+    def _for_pages(self, matrix):
+        return matrix
 
     def _from_pages(self, matrix):
-        raise NotImplementedError
+        return matrix
 
     def _bias_table(self) -> VectorTable:
         if self.biases is None:

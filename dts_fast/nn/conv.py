@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bank import Arena
-from ..codes import DeltaSum, LowRankDelta, matrix_shape, terms_of, to_pages
+from ..codes import DeltaSum, LowRankDelta, matrix_shape, terms_of
 from ..routing import Slots, current_slots, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
@@ -37,9 +37,6 @@ class DTSConv(BankedModule):
     ) -> None:
         out, *rest = base_layer.weight.shape
         super().__init__(base_layer, (out, math.prod(rest)), max_adapters, slots, max_rank, arena)
-
-    def _to_pages(self, matrix) -> Tensor:
-        return to_pages(matrix)
 
     def _from_pages(self, matrix):
         shape = tuple(self.base_layer.weight.shape)

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bank import Arena
-from ..codes import to_pages
 from ..routing import Slots, current_route, current_slots, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
@@ -32,12 +31,6 @@ class DTSEmbedding(BankedModule):
         slots: SlotTable | None = None,
     ) -> None:
         super().__init__(base_layer, tuple(base_layer.weight.shape), max_adapters, slots, max_rank, arena)
-
-    def _to_pages(self, matrix) -> Tensor:
-        return to_pages(matrix)
-
-    def _from_pages(self, matrix):
-        return matrix
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() > 1 and not self.stored:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bank import Arena
-from ..codes import to_pages
 from ..prepack import PackedLinear, pack_, unpack_
 from ..routing import Slots, current_slots, slot_ids
 from ..slots import SlotTable
@@ -87,8 +86,8 @@ class DTSLinear(BankedModule):
         """Between the parameter's orientation and the bank's ``[N, K]``; its own inverse."""
         return matrix.transpose() if self.transposed else matrix
 
-    def _to_pages(self, matrix) -> Tensor:
-        return to_pages(self._oriented(matrix))
+    def _for_pages(self, matrix):
+        return self._oriented(matrix)
 
     def _from_pages(self, matrix):
         return self._oriented(matrix)

@@ -82,7 +82,7 @@ class DTSModule(nn.Module):
         Raises:
             BaseMismatchError: an unknown parameter name, or another shape than the base's.
         """
-        own = self.base_shapes()
+        own = self.base_shapes() if parameters else {}
         kind = type(self.base_layer).__name__
         for name, parameter in parameters.items():
             if name not in own:
