@@ -1,10 +1,12 @@
-"""What adapters cost a whole language model that decodes: tokens a second and memory, beside the base and PEFT.
+"""What adapters cost a whole language model that decodes: tokens a second, memory, loading; beside the base and PEFT.
 
-    python bench/bench_model.py [--rounds 5] [--steps 6] [--out bench/results/model.jsonl]
+    python bench/bench_model.py [--model Qwen2.5-0.5B] [--rounds 5] [--steps 4] [--out bench/results/model.jsonl]
 
-Qwen2.5-0.5B's shapes with random weights (times do not depend on them), bfloat16; every linear layer of its blocks has
-adapters at 1 %. A step is one token for each row of a batch, behind a prompt of 64. Candidates take turns within a
-round; what counts are ratios within rounds. PEFT has LoRAs of equal rank.
+Random weights in bfloat16 (times do not depend on them), adapters at 1 % of every matrix, from files, through
+`DTSModel`. "linear layers": adapters change the linear layers of the blocks, as PEFT's LoRAs beside them do; "all
+parameters": also embeddings, the (tied) head, biases and norms, as full fine-tunes do. A step is one token for each row
+of a batch, behind a prompt of 32. Candidates take turns within a round; what counts are ratios within rounds. PEFT has
+LoRAs of equal rank, and of equal bytes (16 bits an element, an eighth of the rank).
 """
 
 from __future__ import annotations
@@ -13,33 +15,33 @@ import argparse
 import copy
 import gc
 import json
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
 import torch
+from safetensors.torch import load_file, save_file
+from synthetic import MODELS, SCOPES, base_model, linears, write_adapter
 from torch import nn
 
-from dts_fast import DTSLinear, route
-from dts_fast.benchmark import random_delta, rank_for_share
+from dts_fast import DTSModel
+from dts_fast.benchmark import Case, rank_for_share
 from dts_fast.hardware import header
-from dts_fast.slots import SlotTable
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARE = 0.01
-PROMPT = 64
+PROMPT = 32
+FILES = 8  # distinct adapters on disk; more names load them again
+MOST_OF_PEFT = 8  # its mixed batch takes seconds a step with more
 
-
-def base_model() -> nn.Module:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-        vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=1024,
-    )  # fmt: skip
-    return Qwen2ForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+# (adapters loaded, composition, batch)
+POINTS = (
+    (1, "base", 1), (1, "base", 8), (1, "base", 64), (1, "identical", 1), (1, "identical", 8), (1, "identical", 64),
+    (8, "distinct", 8), (8, "zipf", 8), (8, "uniform", 32), (64, "distinct", 64), (64, "zipf", 64),
+)  # fmt: skip
 
 
 def sharing(model: nn.Module) -> nn.Module:
@@ -47,63 +49,42 @@ def sharing(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of the blocks, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+def with_adapters(model: nn.Module, folder: Path, count: int, prepack: bool) -> DTSModel:
+    personalised = DTSModel(model, max_adapters=count, prepack=prepack)
+    for i in range(count):
+        personalised.load_adapter(folder / str(i % FILES), f"a{i}")
+    return personalised
 
 
-def with_adapters(model: nn.Module, count: int, prepack: bool) -> tuple[nn.Module, SlotTable, int]:
-    """(the model with wrapped linears, their table of names, bytes of one adapter's codes and scales)"""
-    slots = SlotTable(count)
-    deltas: dict[tuple[int, int], list] = {}
-    nbytes = 0
-    for name, layer in linears(model).items():
-        n, k = layer.weight.shape
-        rank = rank_for_share(n, k, SHARE)
-        if (n, k) not in deltas:  # a few distinct ones serve: what is timed is reading and multiplying them
-            deltas[n, k] = [random_delta(n, k, rank) for _ in range(min(count, 4))]
-        wrapper = DTSLinear(layer, prepack=prepack, slots=slots)
-        for slot in range(count):
-            wrapper.load_slot(slot, {"weight": deltas[n, k][slot % len(deltas[n, k])]})
-        nbytes += deltas[n, k][0].nbytes
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, wrapper)
-    for slot in range(count):
-        slots.occupy(f"a{slot}", slot)
-    return model, slots, nbytes
-
-
-def with_peft(model: nn.Module, count: int) -> nn.Module:
+def with_peft(model: nn.Module, count: int, bytes_of_one: bool) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     ranks = {name: rank_for_share(*layer.weight.shape, SHARE) for name, layer in linears(model).items()}
-    patterns = {name: rank for name, rank in ranks.items() if rank != 32}
-    config = LoraConfig(r=32, lora_alpha=32, target_modules=list(ranks), rank_pattern=patterns, alpha_pattern=patterns)
+    ranks = {name: max(rank // 8, 1) if bytes_of_one else rank for name, rank in ranks.items()}
+    usual = min(ranks.values())
+    patterns = {name: rank for name, rank in ranks.items() if rank != usual}
+    config = LoraConfig(
+        r=usual, lora_alpha=usual, target_modules=list(ranks), rank_pattern=patterns, alpha_pattern=patterns
+    )
     peft = get_peft_model(model, config, adapter_name="a0")
     for i in range(1, count):
         peft.add_adapter(f"a{i}", config)
     return peft.to(torch.bfloat16).eval().requires_grad_(False)
 
 
-def decoder(model: nn.Module, batch: int, names: list[str] | str | None, peft: bool) -> Callable[[int], float]:
+def decoder(model: nn.Module, batch: int, names: list[str] | str | None) -> Callable[[int], float]:
     """A function that decodes some tokens behind a prompt and returns the seconds of one step."""
     torch.manual_seed(1)
     prompt = torch.randint(0, 1000, (batch, PROMPT))
-    extra = {"adapter_names": names} if peft and isinstance(names, list) else {}
+    extra = {} if names is None else {"adapter_names": names}
 
     def run(steps: int) -> float:
-        def forward(**inputs):
-            if names is None or peft:
-                return model(**inputs, **extra)
-            with route(names):
-                return model(**inputs)
-
         with torch.inference_mode():
-            out = forward(input_ids=prompt, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=prompt, use_cache=True, logits_to_keep=1, **extra)
+            token = out.logits.argmax(-1)
             begin = time.perf_counter()
             for _ in range(steps):
-                out = forward(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, **extra)
                 token = out.logits[:, -1:].argmax(-1)
             return (time.perf_counter() - begin) / steps
 
@@ -111,22 +92,106 @@ def decoder(model: nn.Module, batch: int, names: list[str] | str | None, peft: b
 
 
 def names_of(batch: int, composition: str, adapters: int) -> list[str] | str:
-    if composition == "base":
-        return "__base__"
-    if composition == "identical":
-        return "a0"
-    return [f"a{row % adapters}" for row in range(batch)]
+    if composition in ("base", "identical"):
+        return "__base__" if composition == "base" else "a0"
+    slots = Case(1, 1, batch, torch.bfloat16, 16, adapters, composition).slots()
+    return [f"a{slot}" for slot in slots]
+
+
+def decoding(name: str, plain: nn.Module, folder: Path, rounds: int, steps: int) -> Iterator[dict[str, object]]:
+    """Tokens a second of every candidate at every point."""
+    for adapters in sorted({point[0] for point in POINTS}):
+        own = {
+            "linear layers": with_adapters(sharing(plain), folder / SCOPES[0], adapters, False),
+            "linear layers, prepacked": with_adapters(copy.deepcopy(plain), folder / SCOPES[0], adapters, True),
+            "all parameters": with_adapters(sharing(plain), folder / SCOPES[1], adapters, False),
+        }
+        peft = {}
+        if adapters <= MOST_OF_PEFT:
+            for label, equal_bytes in (("PEFT LoRA, equal rank", False), ("PEFT LoRA, equal bytes", True)):
+                peft[label] = with_peft(sharing(plain), adapters, equal_bytes)
+        for _, composition, batch in (point for point in POINTS if point[0] == adapters):
+            names = names_of(batch, composition, adapters)
+            candidates = {"base": decoder(plain, batch, None)}
+            candidates |= {label: decoder(model, batch, names) for label, model in own.items()}
+            if composition != "base":  # PEFT takes names for mixed batches only; one adapter is its active one
+                peft_names = names if isinstance(names, list) else None
+                candidates |= {label: decoder(model, batch, peft_names) for label, model in peft.items()}
+            for run in candidates.values():
+                run(1)
+            seconds: dict[str, list[float]] = {label: [] for label in candidates}
+            for _ in range(rounds):
+                for label, run in candidates.items():
+                    seconds[label].append(run(steps))
+            for label, times in seconds.items():
+                ratios = [a / b for a, b in zip(times, seconds["base"], strict=True)]
+                yield {
+                    "question": "decode", "model": name, "composition": composition, "batch": batch,
+                    "adapters": adapters, "candidate": label, "tokens_per_s": round(batch / median(times), 2),
+                    "ms_per_token": round(1000 * median(times), 2), "ratio": round(median(ratios), 4),
+                    "low": round(min(ratios), 4), "high": round(max(ratios), 4),
+                }  # fmt: skip
+        del own, peft
+        gc.collect()
+
+
+def loading(name: str, plain: nn.Module, folder: Path, file_bytes: dict[str, int]) -> Iterator[dict[str, object]]:
+    """Hot loads (files in the page cache), beside what one would do without adapters: load a dense checkpoint."""
+    for scope in SCOPES:
+        model = with_adapters(sharing(plain), folder / scope, 1, False)
+        model.delete_adapter("a0")
+        for kind in ("first", "again"):
+            times = []
+            for i in range(16):
+                path = folder / scope / str(i % FILES)
+                if kind == "again":  # as an evicted adapter is loaded: its file was checked before
+                    model.load_adapter(path, "x")
+                    model.slots.evict("x", model._residency.clear)
+                begin = time.perf_counter()
+                model.load_adapter(path, "x") if kind == "first" else model._load_again("x", ())
+                times.append(time.perf_counter() - begin)
+                model.delete_adapter("x")
+            yield {
+                "question": "hot load", "model": name, "scope": scope, "kind": kind, "bytes": file_bytes[scope],
+                "ms": round(1000 * median(times), 2), "low": round(1000 * min(times), 2),
+                "high": round(1000 * max(times), 2),
+            }  # fmt: skip
+    dense = folder / "dense.safetensors"
+    save_file({n: p.detach().clone() for n, p in plain.state_dict().items() if n != "lm_head.weight"}, dense)
+    target, times = copy.deepcopy(plain), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        target.load_state_dict(load_file(dense), strict=False)
+        times.append(time.perf_counter() - begin)
+    yield {
+        "question": "hot load", "model": name, "scope": "a dense checkpoint", "kind": "swap",
+        "bytes": dense.stat().st_size, "ms": round(1000 * median(times), 2), "low": round(1000 * min(times), 2),
+        "high": round(1000 * max(times), 2),
+    }  # fmt: skip
+
+
+def memory(name: str, plain: nn.Module, folder: Path, file_bytes: dict[str, int]) -> Iterator[dict[str, object]]:
+    """Bytes of adapters in memory over those of their files; a dense model for each is what they replace."""
+    for scope in SCOPES:
+        model = with_adapters(sharing(plain), folder / scope, 64, False)
+        report = model.memory_report()
+        yield {
+            "question": "memory", "model": name, "scope": scope, "adapters": 64, "base_bytes": report["base"],
+            "file_bytes": file_bytes[scope], "resident_bytes": report["reserved"],
+            "over_files": round(report["reserved"] / (64 * file_bytes[scope]), 4),
+            "over_dense": round((report["base"] + report["reserved"]) / (64 * report["base"]), 5),
+        }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), help="Both if not given.")
+    parser.add_argument("--only", choices=["decode", "loading", "memory"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "model.jsonl")
     options = parser.parse_args()
-    plain = base_model()
-    base_bytes = sum(p.nbytes for p in plain.parameters())
-    with options.out.open("w", encoding="utf-8") as out:
+    with options.out.open("w", encoding="utf-8") as out, tempfile.TemporaryDirectory() as scratch:
 
         def write(row: dict[str, object]) -> None:
             out.write(json.dumps(row) + "\n")
@@ -134,41 +199,23 @@ def main() -> None:
             print(row, flush=True)
 
         write({"header": header()})
-        for adapters in (1, 8):
-            attached, _, adapter_bytes = with_adapters(sharing(plain), adapters, False)
-            packed, _, _ = with_adapters(copy.deepcopy(plain), adapters, True)
-            peft = with_peft(sharing(plain), adapters)
-            points = [("base", 1), ("identical", 1), ("identical", 8)] if adapters == 1 else [("distinct", 8)]
-            for composition, batch in points:
-                names = names_of(batch, composition, adapters)
-                candidates = {
-                    "base": decoder(plain, batch, None, False),
-                    "DTSLinear": decoder(attached, batch, names, False),
-                    "DTSLinear, prepacked": decoder(packed, batch, names, False),
-                }
-                if composition != "base":
-                    candidates["PEFT LoRA, equal rank"] = decoder(peft, batch, names, True)
-                for run in candidates.values():
-                    run(1)
-                seconds = {name: [] for name in candidates}
-                for _ in range(options.rounds):
-                    for name, run in candidates.items():
-                        seconds[name].append(run(options.steps))
-                for name, own in seconds.items():
-                    ratios = [a / b for a, b in zip(own, seconds["base"], strict=True)]
-                    write({
-                        "question": "decode", "composition": composition, "batch": batch, "adapters": adapters,
-                        "candidate": name, "tokens_per_s": round(batch / median(own), 2),
-                        "ratio": round(median(ratios), 4), "low": round(min(ratios), 4), "high": round(max(ratios), 4),
-                    })  # fmt: skip
-            del attached, packed, peft
+        for name in [options.model] if options.model else MODELS:
+            plain, folder = base_model(name), Path(scratch) / name
+            file_bytes = {}
+            for scope in SCOPES:
+                sizes = [write_adapter(folder / scope / str(i), plain, scope, SHARE, i) for i in range(FILES)]
+                file_bytes[scope] = round(statistics.mean(sizes))
+            if options.only in (None, "loading"):
+                for row in loading(name, plain, folder, file_bytes):
+                    write(row)
+            if options.only in (None, "memory"):
+                for row in memory(name, plain, folder, file_bytes):
+                    write(row)
+            if options.only in (None, "decode"):
+                for row in decoding(name, plain, folder, options.rounds, options.steps):
+                    write(row)
+            del plain
             gc.collect()
-        model, _, adapter_bytes = with_adapters(sharing(plain), 64, False)
-        resident = sum(t.nbytes for m in model.modules() if isinstance(m, DTSLinear) for t in m.bank.tensors)
-        write({
-            "question": "memory", "adapters": 64, "base_bytes": base_bytes, "adapter_bytes": adapter_bytes,
-            "resident_bytes": resident, "over_files": round(resident / (64 * adapter_bytes), 4),
-        })  # fmt: skip
 
 
 if __name__ == "__main__":

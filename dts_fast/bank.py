@@ -157,12 +157,13 @@ class Bank(nn.Module):
         sum that costs no pages. The pages stay as long as any slot lists them.
 
         Args:
-            slot: an empty slot.
+            slot: none of the members'; it is emptied first.
             members: (slot, weight) of each.
 
         Raises:
             CapacityError: the list is longer than what a slot of a bank of fixed capacity may list.
         """
+        self.evict(slot)
         pages, weights = [], []
         for member, weight in members:
             listed = self._listed.get(member, [])

@@ -352,20 +352,22 @@ class DTSModel(nn.Module):
         pages and rows; mixtures use their members' pages, evicted ones nothing), and ``reserved``: the arenas and
         tables, with what is free in them, and tensors that are stored whole."""
         wrappers = list(self._wrappers.values())
-        tables = [m for wrapper in wrappers for m in wrapper.modules() if isinstance(m, (Bank, VectorTable))]
-        stored = [p for wrapper in wrappers for held in wrapper.stored.values() for p in held.values()]
+        tables = {id(m): m for w in wrappers for m in w.modules() if isinstance(m, (Bank, VectorTable))}.values()
+        # Tied layers hold the same tensors.
+        stored = {id(p): p.nbytes for w in wrappers for held in w.stored.values() for p in held.values()}
         own = {id(t): t.nbytes for t in self.model.parameters()}
         # Packed weights are buffers, and no bank's.
         own |= {id(m.packed): m.packed.nbytes for m in self.model.modules() if isinstance(m, PackedLinear)}
-        resident = self.slots.resident
+        slots = {name: self.slots.slot(name) for name in self.slots.resident}
+
+        def used(slot: int | None) -> int:
+            whole = {id(p): p.nbytes for w in wrappers for p in w.stored.get(slot, {}).values()}
+            return sum(whole.values()) + sum(table.nbytes_of(slot) for table in tables)
+
         return {
             "base": sum(own.values()),
-            "adapters": {
-                name: sum(w.nbytes_of(self.slots.slot(name)) for w in wrappers) if name in resident else 0
-                for name in self.slots.names
-            },
-            "reserved": sum(table.nbytes for table in {id(table): table for table in tables}.values())
-            + sum({id(p): p.nbytes for p in stored}.values()),
+            "adapters": {name: used(slots.get(name)) for name in self.slots.names},
+            "reserved": sum(table.nbytes for table in tables) + sum(stored.values()),
         }
 
     def push_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: object) -> str:

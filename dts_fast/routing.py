@@ -134,12 +134,12 @@ def current_slots(table: SlotTable, shape: Sequence[int], *, traceable: bool = F
             )
         return table.slot(table.active)
     slot_of = table.slot
-    if current.lease is not None and current.lease.table is table:
+    table.routed_with_grad = torch.is_grad_enabled()
+    names, rows, lease = current.adapter_names, shape[0], current.lease
+    if lease is not None and lease.table is table:
         if traceable and torch.compiler.is_compiling():
             return current.ids
-        slot_of = current.lease.slots.__getitem__
-    table.routed_with_grad = torch.is_grad_enabled()
-    names, rows = current.adapter_names, shape[0]
+        slot_of = lease.slots.__getitem__
     if isinstance(names, str):
         return slot_of(names)
     if current.flattened and len(set(names)) == 1:

@@ -91,6 +91,19 @@ def test_a_mixture_lists_the_pages_of_its_members():
     assert bank.slot_weights[2, :3].tolist() == [1.0, 1.0, -1.0]
 
 
+def test_what_is_shared_or_loaded_twice_is_freed_once():
+    """Layers with tied weights share a bank, and each of them loads, mixes and clears."""
+    bank = Bank(128, 3, arena=Arena(4, 2))
+    for _ in range(2):
+        bank.load(0, pages(2, 7))
+    for _ in range(2):
+        bank.share(1, [(0, 0.5)])
+    for slot in (0, 0, 1, 1):
+        bank.evict(slot)
+    assert sorted(bank._free) == [0, 1, 2, 3]
+    assert bank._users == {}
+
+
 def test_shared_pages_stay_until_the_last_slot_lets_go():
     bank = Bank(128, 3, arena=Arena(4, 4))
     bank.load(0, pages(2, 7))

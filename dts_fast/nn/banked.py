@@ -67,10 +67,6 @@ class BankedModule(DTSModule):
                 found[name] = self._from_pages(from_pages(self.layout, pages, weights[listed]))
         return found
 
-    def nbytes_of(self, slot: int) -> int:
-        tables = [self.bank] if self.biases is None else [self.bank, self.biases]
-        return super().nbytes_of(slot) + sum(table.nbytes_of(slot) for table in tables)
-
     def mix_slots(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
         if any(member in self.stored for member, _ in members):
             return super().mix_slots(slot, members)

@@ -143,10 +143,6 @@ class DTSModule(nn.Module):
         if mixed:
             self.load_slot(slot, mixed)
 
-    def nbytes_of(self, slot: int) -> int:
-        """Bytes that a slot takes in this layer."""
-        return sum(parameter.nbytes for parameter in self.stored.get(slot, {}).values())
-
     def fits(self, parameters: Mapping[str, Parameter], without: Collection[int] = ()) -> bool:
         """Whether `load_slot` would find room for these parameters, once these slots are empty."""
         return True

@@ -51,9 +51,6 @@ class DTSNorm(DTSModule):
         own = {name: self.tables[name].deltas[slot] for name in self.loaded.get(slot, ())}
         return {**super().parameters_of(slot), **own}
 
-    def nbytes_of(self, slot: int) -> int:
-        return super().nbytes_of(slot) + sum(table.nbytes_of(slot) for table in self.tables.values())
-
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
         if self.stored or args or kwargs or input.dim() < 2 or "forward" in self.base_layer.__dict__:
             return super().forward(input, *args, **kwargs)

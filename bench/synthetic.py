@@ -1,0 +1,79 @@
+"""Language models with random weights and adapters of random codes for them: times do not depend on the values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dts_fast import Adapter, save_adapter
+from dts_fast.benchmark import random_delta, rank_for_share
+from dts_fast.codes import CodedVector, pack
+from dts_fast.fingerprint import take_fingerprint
+
+# As published; Llama-160M is JackFram/llama-160m.
+MODELS = {
+    "Qwen2.5-0.5B": {
+        "architecture": "Qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+    },
+    "Llama-160M": {
+        "architecture": "Llama", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 1024,
+    },
+}  # fmt: skip
+SCOPES = ("linear layers", "all parameters")
+
+
+def base_model(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A `transformers` model of these shapes."""
+    import transformers
+
+    torch.manual_seed(0)
+    settings = dict(MODELS[name])
+    kind = settings.pop("architecture")
+    config = getattr(transformers, f"{kind}Config")(**settings)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks, by name: what LoRAs are usually for."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+
+
+def write_adapter(folder: Path, model: nn.Module, scope: str, share: float, seed: int) -> int:
+    """Write an adapter of random codes for a model that nothing has wrapped; returns the bytes of its files.
+
+    Args:
+        scope: ``"linear layers"`` (the weights of `linears`) or ``"all parameters"``.
+        share: of the bytes of each matrix that its codes take.
+    """
+    torch.manual_seed(seed)
+    own = {f"{name}.weight" for name in linears(model)}
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        if scope == "linear layers" and name not in own:
+            continue
+        if parameter.dim() == 2:
+            n, k = parameter.shape
+            parameters[name] = random_delta(n, k, rank_for_share(n, k, share))
+        else:
+            codes = pack(torch.randint(0, 4, (parameter.numel(),), dtype=torch.uint8))
+            levels = torch.tensor([0.02, 0.01, -0.01, -0.02])
+            parameters[name] = CodedVector(codes, levels, tuple(parameter.shape))
+    tensors = dict(model.named_parameters())
+    config = {
+        "base_model_name_or_path": "random weights",
+        "base_nbytes": sum(p.nbytes for p in model.parameters()),
+        "base_fingerprint": take_fingerprint(tensors.__getitem__, list(parameters)),
+        "errors": [0.5] * len(parameters),
+        "compression": {"share": share},
+        "model_config": {},
+        "tied": {},
+        "versions": {},
+    }
+    save_adapter(folder, Adapter(config, parameters), "Random codes, for benches.\n", overwrite=True)
+    return sum(file.stat().st_size for file in folder.iterdir())
