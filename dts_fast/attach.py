@@ -12,6 +12,7 @@ from .adapter_file import Adapter, Parameter
 from .checkpoint import common_prefix
 from .errors import BaseMismatchError
 from .fingerprint import Elements, check_fingerprint
+from .nn.module import has_features, is_plain
 from .prepack import PackedLinear
 
 # Module path -> parameter name within it -> what the adapter has for it.
@@ -144,7 +145,7 @@ class _LiveParameters(Mapping):
         if leaf == "weight" and isinstance(module, PackedLinear):
             return module
         parameter = module._parameters.get(leaf)
-        if leaf == "weight" and hasattr(module, "in_features") and not is_plain(parameter):
+        if leaf == "weight" and has_features(module) and not is_plain(parameter):
             return LinearElements(module)
         return module.get_parameter(leaf)
 
@@ -178,16 +179,10 @@ class LinearElements:
         return y.cpu()[torch.arange(len(positions)), positions // self.layer.in_features]
 
 
-def is_plain(parameter: Tensor | None) -> bool:
-    """Whether a parameter is floating-point numbers as torch has them, and not a quantised form of some library."""
-    return type(parameter) in (nn.Parameter, Tensor) and parameter.is_floating_point()
-
-
 def _keeps_its_weight_elsewhere(module: nn.Module) -> bool:
     """Whether a layer acts like a linear without a parameter ``weight`` (several libraries' quantised ones)."""
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return (
-        all(isinstance(size, int) for size in sizes)
+        has_features(module)
         and "weight" not in module._parameters
         and not isinstance(module, PackedLinear)
         and not any(True for _ in module.children())

@@ -11,6 +11,7 @@ from ..prepack import PackedLinear, pack_, unpack_
 from ..routing import Slots, current_slots, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
+from .module import has_features
 
 
 class DTSLinear(BankedModule):
@@ -51,7 +52,7 @@ class DTSLinear(BankedModule):
         self_transposed = type(base_layer).__name__ == "Conv1D"
         if self_transposed:
             k, n = base_layer.weight.shape
-        elif hasattr(base_layer, "in_features"):  # the weight of a quantised layer may have any shape
+        elif has_features(base_layer):  # the weight of a quantised layer may have any shape
             n, k = base_layer.out_features, base_layer.in_features
         else:
             n, k = base_layer.weight.shape
@@ -61,21 +62,12 @@ class DTSLinear(BankedModule):
         self.transposed = self_transposed
         self.in_features, self.out_features = k, n
 
-    def base_shapes(self) -> dict[str, tuple[int, ...]]:
-        n, k = self.out_features, self.in_features
-        return super().base_shapes() | {"weight": (k, n) if self.transposed else (n, k)}
-
-    def base_kind(self, name: str) -> tuple[torch.device, torch.dtype]:
-        if isinstance(self.base_layer, PackedLinear) and name == "weight":
-            return self.base_layer.packed.device, self.base_layer.packed.dtype
-        return super().base_kind(name)
-
     def bare_layer(self) -> nn.Module:
         packed = isinstance(self.base_layer, PackedLinear)
         return unpack_(self.base_layer) if packed else self.base_layer
 
     def _forward_one(self, slot: int, args, kwargs):
-        if slot in self.stored and isinstance(self.base_layer, PackedLinear):
+        if slot in self.stored and (isinstance(self.base_layer, PackedLinear) or not self.has_plain_weight):
             dense = {"bias": self.base_layer.bias, **self.dense_parameters(slot)}
             if "weight" not in dense:
                 dense["weight"] = self.base_layer.weight
@@ -153,6 +145,5 @@ def _is_hooked(layer: nn.Module) -> bool:
 
 def acts_like_linear(layer: nn.Module) -> bool:
     """Whether `DTSLinear` can serve a layer: linear by type, or by its sizes (libraries' own quantised layers)."""
-    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    by_size = all(isinstance(size, int) for size in sizes) and not any(True for _ in layer.children())
+    by_size = has_features(layer) and not any(True for _ in layer.children())
     return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D" or by_size

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..codes import Delta, LowRankDelta
-from ..errors import BaseMismatchError, RoutingError
+from ..errors import BaseMismatchError, DTSError, RoutingError
 from ..mixture import mix
 from ..routing import Slots, current_slots, narrowed
 from ..slots import SlotTable
@@ -95,12 +95,24 @@ class DTSModule(nn.Module):
 
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter of the base layer."""
-        return {name: tuple(parameter.shape) for name, parameter in self.base_layer.named_parameters()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.base_layer.named_parameters()}
+        if has_features(self.base_layer):  # whose weight may be packed or quantised, in any shape
+            shapes["weight"] = self.base_layer.out_features, self.base_layer.in_features
+        return shapes
 
     def base_kind(self, name: str) -> tuple[torch.device, torch.dtype]:
-        """Device and dtype of a parameter of the base layer."""
+        """Device and dtype of a parameter of the base layer; of a quantised weight, the dtype of what stands for it."""
+        if name == "weight" and not self.has_plain_weight:
+            held = (*self.base_layer.parameters(), *self.base_layer.buffers())
+            floats = [t.dtype for t in held if t.dtype in (torch.float32, torch.float16, torch.bfloat16)]
+            return held[0].device, next(iter(floats), torch.float32)
         parameter = self.base_layer.get_parameter(name)
         return parameter.device, parameter.dtype
+
+    @property
+    def has_plain_weight(self) -> bool:
+        """Whether the base's ``weight`` can be read as numbers (packed ones can) and is no library's quantised form."""
+        return is_plain(getattr(self.base_layer, "weight", None))
 
     def bare_layer(self) -> nn.Module:
         """The base layer as it was before it was wrapped; the wrapper is not to be used after."""
@@ -116,11 +128,21 @@ class DTSModule(nn.Module):
         self.slots.active = name
 
     def dense_parameters(self, slot: int) -> dict[str, Tensor]:
-        """The personalised parameters of a slot, materialised in the base's dtypes."""
+        """The personalised parameters of a slot, materialised in the base's dtypes.
+
+        Raises:
+            DTSError: a delta of a quantised weight: the sum would have to be rounded anew.
+        """
         dense = {}
         for name, parameter in self.parameters_of(slot).items():
             if isinstance(parameter, Tensor):
                 dense[name] = parameter.to(*self.base_kind(name))
+            elif name == "weight" and has_features(self.base_layer) and not self.has_plain_weight:
+                raise DTSError(
+                    f"the weight of this {type(self.base_layer).__name__} is quantised, and the adapter's delta cannot "
+                    "be added to it without rounding the sum anew. Serve the adapter unmerged, or merge it into the "
+                    "full-precision base (dts-fast export full) and quantise that."
+                )
             else:
                 base = self.base_layer.get_parameter(name).detach()
                 wide = torch.promote_types(base.dtype, torch.float32)
@@ -215,6 +237,16 @@ class DTSModule(nn.Module):
         if slot not in self.stored:
             return self.forward_fast(slot, *args, **kwargs)
         return run_with(self.base_layer, self.dense_parameters(slot), args, kwargs)
+
+
+def has_features(layer: nn.Module) -> bool:
+    """Whether a layer tells the sizes of a linear's weight."""
+    return all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
+
+
+def is_plain(parameter: object) -> bool:
+    """Whether a parameter is floating-point numbers as torch has them, and not a quantised form of some library."""
+    return type(parameter) in (nn.Parameter, Tensor) and parameter.is_floating_point()
 
 
 def run_with(layer: nn.Module, parameters: Mapping[str, Tensor], args: tuple, kwargs: dict):
