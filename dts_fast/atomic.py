@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -65,6 +65,22 @@ def staged_directory(target: Path, *, overwrite: bool, marker: str) -> Iterator[
                 "--out-path."
             ) from error
         raise
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """Write a file, or replace one, whole or not at all.
+
+    Raises:
+        DTSError: it cannot be written; an old one is still there.
+    """
+    target = Path(target)
+    staging = target.with_name(f".{target.name}.partial")
+    try:
+        staging.write_text(text, encoding="utf-8")
+        os.replace(staging, target)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise DTSError(f"{target} cannot be written ({error}).") from error
 
 
 def _replace(staging: Path, target: Path) -> None:

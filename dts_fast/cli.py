@@ -168,6 +168,19 @@ def export_lora(adapter, base_model, out_path, drop, overwrite) -> None:
 
 
 @main.command()
+@click.argument("adapter", metavar="D")
+@click.argument("repo_id", metavar="USER/NAME")
+@click.option("--private/--public", default=None, help="Of a new repository; the account's default if not given.")
+@click.option("--revision", metavar="BRANCH", help="The main one if not given.")
+@click.option("--message", default="Upload adapter", show_default=True, help="Of the commit.")
+def push(adapter, repo_id, private, revision, message) -> None:
+    """Upload an adapter to the Hugging Face hub."""
+    from .hub import push_adapter
+
+    click.echo(push_adapter(adapter, repo_id, private=private, revision=revision, commit_message=message))
+
+
+@main.command()
 @click.argument("models", nargs=-1, required=True, metavar="A B ...")
 @click.option("--out-path", required=True, metavar="O", help="Directory to write.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at the target.")
@@ -228,50 +241,70 @@ def demo(out, steps, seed) -> None:
 
 
 @main.command()
-@click.option("--model", "models", multiple=True, metavar="NAME", help="Layers of this model; several may be given.")
-@click.option("--rows", "rows", type=int, multiple=True, metavar="M", help="Rows of a batch; several may be given.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="Its layers: a known name, config.json, checkpoint or hub id.",
+)
+@click.option("--rows", "rows", type=click.IntRange(1), multiple=True, metavar="M", help="Rows of a batch; repeatable.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--share", type=Share(), default=0.01, show_default=True, help="Adapter's bytes over a 16-bit base's.")
-@click.option("--adapters", type=int, default=1, show_default=True, help="How many are loaded.")
-@click.option("--composition", default="identical", show_default=True, help="base, identical, uniform, zipf, distinct.")
+@click.option("--adapters", type=click.IntRange(1), default=1, show_default=True, help="How many are loaded.")
+@click.option(
+    "--composition", type=click.Choice(["base", "identical", "uniform", "zipf", "distinct"]), default="identical",
+    show_default=True, help="How the rows of a batch use them.",
+)  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Turns of each candidate.")
+@click.option("--out", metavar="FILE", help="Write JSON lines, the header first.")
+@click.option("--plot", "plot_path", metavar="FILE", help="Write a plot (.png, .svg, .pdf).")
+@click.option("--compare", metavar="FILE", help="Beside the ratios of an earlier run's --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines, the header first.")
-def bench(models, rows, dtype, share, adapters, composition, device, as_json) -> None:
+def bench(models, rows, dtype, share, adapters, composition, device, rounds, out, plot_path, compare, as_json) -> None:
     """Time layers with adapters on this machine, beside the bare linear and other ways to do the same."""
     import torch
 
-    from .benchmark import COMPOSITIONS, MODELS, Case, rank_for_share, run_case
+    from . import bench_report
+    from .atomic import write_text
+    from .benchmark import MODELS, Case, rank_for_share, run_case
     from .errors import DTSError
     from .hardware import header
+    from .shapes import layers_of
     from .timing import measure_roofline
 
-    unknown = [model for model in models if model not in MODELS]
-    if unknown:
-        raise DTSError(f"unknown model {unknown[0]!r}; known: {', '.join(MODELS)}.")
-    if composition not in ("base", *COMPOSITIONS):
-        raise DTSError(f"unknown composition {composition!r}; known: base, {', '.join(COMPOSITIONS)}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise DTSError("--device cuda: no CUDA device here; see dts-fast doctor.")
+    before = None if compare is None else bench_report.read_rows(compare)[1]
+    chosen = {model: layers_of(model, MODELS) for model in models or ["Qwen2.5-0.5B"]}
+    cases = [
+        (model, layer, Case(n, k, m, getattr(torch, dtype), rank_for_share(n, k, share), adapters, composition, device))
+        for model, layers in chosen.items() for layer, (n, k) in layers.items() for m in rows or [1, 8, 32]
+    ]  # fmt: skip
     roofline = measure_roofline([getattr(torch, dtype)], device)
+    head = {"header": header(), "roofline": dataclasses.asdict(roofline)}
+    found = []
     if as_json:
-        click.echo(json.dumps({"header": header(), "roofline": dataclasses.asdict(roofline)}))
-    else:
-        click.echo(
-            f"memory {roofline.bytes_per_s / 1e9:.1f} GB/s, products {max(roofline.flops.values()) / 1e9:.0f} GF/s"
-        )
-    for model in models or ["Qwen2.5-0.5B"]:
-        for layer, (n, k) in MODELS[model].items():
-            for m in rows or [1, 8]:
-                rank = rank_for_share(n, k, share)
-                case = Case(n, k, m, getattr(torch, dtype), rank, adapters, composition, device)
-                for row in run_case(case, roofline):
-                    if as_json:
-                        click.echo(json.dumps({"model": model, "layer": layer, **row}))
-                    else:
-                        click.echo(
-                            f"{model} {layer} {n}x{k} M={m}: {row['candidate']:42} {row['ms']:9.4f} ms  "
-                            f"{row['ratio']:5.2f} x linear  {row['of_floor']:4.0%} of the {row['bound']} floor"
-                        )
+        click.echo(json.dumps(head))
+    with _progress() as progress:
+        for done, (model, layer, case) in enumerate(cases):
+            if progress is not None:
+                progress(f"{model} {layer}, {case.m} rows", done, len(cases))
+            for row in run_case(case, roofline, rounds=rounds):
+                found.append({"model": model, "layer": layer, **row})
+                if as_json:
+                    click.echo(json.dumps(found[-1]))
+    if out is not None:
+        write_text(out, "".join(json.dumps(row) + "\n" for row in (head, *found)))
+    if plot_path is not None:
+        bench_report.plot(found, plot_path)
+    if not as_json:
+        _console().print(bench_report.table(found, before))
+        products = max(roofline.flops.values()) / 1e9
+        click.echo(f"memory {roofline.bytes_per_s / 1e9:.1f} GB/s, products {products:.0f} GF/s", err=True)
+        if before is not None:
+            click.echo(bench_report.summary_of_change(found, before))
 
 
 @main.command()
@@ -285,7 +318,6 @@ def doctor(as_json) -> None:
 
 
 def _print_parameters(parameters) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("parameter", "kind", "shape", box=None, pad_edge=False)
@@ -296,8 +328,14 @@ def _print_parameters(parameters) -> None:
         table.add_row(
             p.name, p.kind, shape, str(p.rank or ""), f"{p.nbytes:,}", "" if p.error is None else f"{p.error:.4f}"
         )
-    # Piped output is read by programs: it is not folded to the width of a terminal that is not there.
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    _console().print(table)
+
+
+def _console():
+    """Standard output; where it is piped, to programs, it is not folded to the width of a terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
 def _by_reason(skipped) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .adapter_file import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, load_adapter
+from .adapter_file import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, load_adapter, locate_adapter
 from .errors import DTSError
 
 
@@ -20,7 +20,7 @@ def push_adapter(
     """Upload an adapter directory to a repository, which is created where it is not there.
 
     Args:
-        path: adapter directory; it is checked first.
+        path: adapter directory (or hub id, for a copy); it is checked first.
         repo_id: ``user/name``.
         private: whether a new repository is private; None for the account's default.
         revision: branch; the main one if None.
@@ -37,13 +37,14 @@ def push_adapter(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    load_adapter(path)
+    folder = locate_adapter(path)
+    load_adapter(folder)
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
-            folder_path=str(path),
+            folder_path=str(folder),
             revision=revision,
             commit_message=commit_message,
             allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, CARD_NAME],

@@ -72,6 +72,8 @@ ALLOWED = {
     "hub": {"adapter_file", "errors"},
     "timing": set(),
     "benchmark": {"codes", "errors", "gpu", "native", "nn", "reference", "routing", "timing"},
+    "shapes": {"checkpoint", "errors"},
+    "bench_report": {"errors"},
     "model": {
         "adapter_file", "arenas", "atomic", "attach", "bank", "characteristic", "checkpoint", "errors", "hub",
         "mixture", "nn", "prepack", "residency", "routing", "slots",
@@ -81,8 +83,8 @@ ALLOWED = {
     "demo_lm": {"errors"},
     "demo": {"adapter_file", "compress", "config", "demo_lm", "errors", "hardware", "model"},
     "cli": {
-        "benchmark", "characteristic", "compress", "config", "demo", "dense", "doctor", "errors", "export", "fuse",
-        "hardware", "lora", "timing", "verify", "version",
+        "atomic", "bench_report", "benchmark", "characteristic", "compress", "config", "demo", "dense", "doctor",
+        "errors", "export", "fuse", "hardware", "hub", "lora", "shapes", "timing", "verify", "version",
     },
     "__init__": {
         "adapter_file", "characteristic", "codes", "compress", "config", "errors", "fit", "fuse", "model", "nn",
@@ -126,7 +128,7 @@ def test_modules_import_only_what_lies_below_them(file):
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_transformers_stays_where_models_are(file):
     _, others = imports_of(file)
-    assert ("transformers" in others) <= (file.stem in {"model", "attach", "demo", "demo_lm"})
+    assert ("transformers" in others) <= (file.stem in {"model", "attach", "shapes", "demo", "demo_lm"})
     assert "dts_fast" not in others, "imports within the package are relative"
 
 
