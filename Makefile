@@ -1,18 +1,19 @@
 # make demo   set up and run the main job      make test   set up and run all tests
 # make lint   check formatting                 make format apply it
 # make bench  time the ops beside their peers  make sanitize  run the CPU kernels under sanitizers
+# make fuzz   load tens of thousands of hostile adapter files     make readme-check  compare README with the results
 # make cuda-check  compile the CUDA kernels for every target, and run them block by block on the CPU (part of make test)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py
 
-.PHONY: demo test lint format bench sanitize cuda-check clean
+.PHONY: demo test lint format bench sanitize cuda-check fuzz readme-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dts-fast demo $(ARGS)
 
-test: $(VENV)/.installed lint
+test: $(VENV)/.installed lint readme-check
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed
@@ -31,8 +32,14 @@ bench: $(VENV)/.installed
 sanitize:
 	mkdir -p build
 	$(CXX) -std=c++20 -O1 -g -Wno-psabi -DDTS_FAST_POISON -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
-		tests/native/sanitize.cpp csrc/cpu/batch.cpp csrc/cpu/isa.cpp csrc/cpu/scalar.cpp csrc/cpu/avx2.cpp csrc/cpu/avx512.cpp csrc/cpu/amx.cpp
+		tests/native/sanitize.cpp csrc/cpu/batch.cpp csrc/cpu/paging.cpp csrc/cpu/isa.cpp csrc/cpu/scalar.cpp csrc/cpu/avx2.cpp csrc/cpu/avx512.cpp csrc/cpu/amx.cpp
 	build/sanitize
+
+fuzz: $(VENV)/.installed
+	DTS_FAST_FUZZ=40000 $(BIN)/python -m pytest -q tests/test_fuzz.py $(ARGS)
+
+readme-check: $(VENV)/.installed
+	$(BIN)/python bench/readme.py --check
 
 cuda-check: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_cuda.py $(ARGS)

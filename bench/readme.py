@@ -159,32 +159,46 @@ def ops() -> str:
 
 
 def model() -> str:
-    """Tokens a second of a whole model that decodes, and the memory of many adapters."""
+    """Tokens a second of whole models that decode, the memory of many adapters, and how fast one is loaded."""
     head, rows = _read("model.jsonl")
     mine = [row for row in rows if row["question"] == "decode"]
-    memory = next(row for row in rows if row["question"] == "memory")
     names = list(dict.fromkeys(row["candidate"] for row in mine))
     out = [
         "| tokens a second (over the base's) |" + "".join(f" {name} |" for name in names),
         "|---" * (len(names) + 1) + "|",
     ]
-    labels = {
-        "base": "no adapter used",
-        "identical": "one adapter",
-        "distinct": "an adapter for each row",
-    }
-    for composition, batch in dict.fromkeys((row["composition"], row["batch"]) for row in mine):
+    for point in dict.fromkeys((row["model"], row["adapters"], row["composition"], row["batch"]) for row in mine):
         cells = []
         for name in names:
-            at = [r for r in mine if (r["composition"], r["batch"], r["candidate"]) == (composition, batch, name)]
+            at = [
+                r
+                for r in mine
+                if (r["model"], r["adapters"], r["composition"], r["batch"], r["candidate"]) == (*point, name)
+            ]
             cells.append(f"{at[0]['tokens_per_s']:.1f} ({1 / at[0]['ratio']:.2f})" if at else "")
-        out.append(f"| {labels[composition]}, batch {batch} | " + " | ".join(cells) + " |")
+        shapes, adapters, composition, batch = point
+        label = {"base": "no adapter used", "identical": "one adapter"}.get(
+            composition, f"{composition} rows of {adapters} adapters"
+        )
+        out.append(f"| {shapes}: {label}, batch {batch} | " + " | ".join(cells) + " |")
     out += [
         "",
-        "Qwen2.5-0.5B's shapes, bfloat16, adapters at 1 % on every linear layer of the blocks. "
-        f"{memory['adapters']} such adapters take {memory['resident_bytes'] / 2**20:.0f} MiB beside a base of "
-        f"{memory['base_bytes'] / 2**20:.0f} MiB: {memory['over_files']:.3f} x the bytes of their codes and scales. "
-        f"({hardware(head['header'])}; "
+        "| | adapter file | loaded hot | after eviction | 64 in memory, over their files | over 64 dense models |",
+    ]
+    out.append("|---" * 6 + "|")
+    loads = [row for row in rows if row["question"] == "hot load"]
+    for row in (row for row in rows if row["question"] == "memory"):
+        own = {r["kind"]: r for r in loads if (r["model"], r["scope"]) == (row["model"], row["scope"])}
+        out.append(
+            f"| {row['model']}, {row['scope']} | {row['file_bytes'] / 1e6:.1f} MB | {own['first']['ms']:.0f} ms | "
+            f"{own['again']['ms']:.0f} ms | {row['over_files']:.3f} | {row['over_dense']:.3f} |"
+        )
+    swaps = ", ".join(f"{r['model']} {r['ms']:.0f} ms" for r in loads if r["kind"] == "swap")
+    out += [
+        "",
+        "bfloat16, adapters at 1 % of every matrix. *Linear layers*: those of the blocks, as the LoRAs have them; *all "
+        "parameters*: also embeddings, head, biases and norms. Times in brackets are speeds over the base's alone. A "
+        f"dense checkpoint, swapped in from the page cache, takes: {swaps}. ({hardware(head['header'])}; "
         "[bench/results/model.jsonl](bench/results/model.jsonl))",
     ]
     return "\n".join(out)

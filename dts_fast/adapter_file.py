@@ -113,7 +113,13 @@ def save_adapter(path: str | Path, adapter: Adapter, card: str, *, overwrite: bo
         if _FURTHER_TERM.fullmatch(name):
             raise DTSError(f"{name!r} cannot be stored: the format reserves names that end so for terms of a sum.")
         tensors.update(tensors_of(name, parameter))
-    weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=_METADATA)
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        # The library refuses tensors that share memory, as a mixture of an adapter with itself has them.
+        tensors[name] = own.clone() if own.data_ptr() in seen else own
+        seen.add(own.data_ptr())
+    weights = save(tensors, metadata=_METADATA)
     config = finish_config(adapter, hashlib.sha256(weights).hexdigest())
     with staged_directory(Path(path), overwrite=overwrite, marker=CONFIG_NAME) as staging:
         (staging / WEIGHTS_NAME).write_bytes(weights)

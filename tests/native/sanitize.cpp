@@ -11,6 +11,7 @@
 
 #include "cpu/batch.h"
 #include "cpu/isa.h"
+#include "cpu/paging.h"
 
 using namespace dts_fast::cpu;
 
@@ -135,6 +136,7 @@ struct Case {
   DType dtype;
   int64_t m, n, k;
   bool base, transpose, panels;
+  bool by_id;  // rows are looked up, which the op does with float32 and the transposed delta
 };
 
 void run_case(const Case& c) {
@@ -152,6 +154,8 @@ void run_case(const Case& c) {
   std::vector<float> weights(slots * length, 0.5f);
   for (auto& page : slot_pages) page = static_cast<int32_t>(draw(-1, pages - 1));
   for (auto& id : ids) id = static_cast<int32_t>(draw(-1, slots - 1));
+  std::vector<int64_t> rows(c.m);
+  for (auto& row : rows) row = draw(0, c.k - 1);
   const int64_t size = element_size(c.dtype);
   const Bytes x = bytes(c.m * c.k * size), bias = bytes(c.n * size);
   const int64_t weights_count =
@@ -166,7 +170,8 @@ void run_case(const Case& c) {
     for (int64_t i = 0; i < c.m * c.n; ++i) put(c.dtype, y.get(), i, c.base ? NAN : 1.0f);
     Problem p = {};
     p.dtype = c.dtype, p.m = c.m, p.n = c.n, p.k = c.k;
-    p.x = x.get(), p.x_stride = c.k, p.y = y.get(), p.y_stride = c.n;
+    p.x = c.by_id ? nullptr : x.get(), p.x_stride = c.by_id ? 0 : c.k, p.y = y.get(), p.y_stride = c.n;
+    p.ids = c.by_id ? rows.data() : nullptr;
     p.weight = c.base ? w.get() : nullptr, p.weight_stride = c.k, p.bias = c.base ? bias.get() : nullptr;
     p.transpose = c.transpose, p.panels = c.panels;
     p.bank = {arena.get(), page_nbytes, slot_pages.data(), weights.data(), length, ids.data()};
@@ -205,14 +210,48 @@ void run_descent() {
   }
 }
 
+// Every code of a delta in the file's order is found in its page.
+void run_paging() {
+  const int64_t n = draw(1, 70), k = draw(1, 70), rank = draw(0, 50), pages = (rank + 15) / 16;
+  const int64_t of_u = (n + 15) / 16, of_v = (k + 15) / 16, end = kVOffset + (of_u + of_v) * kTileBytes;
+  const int64_t page_nbytes = (end + 127) / 128 * 128, u_bytes = (n + 3) / 4, v_bytes = (k + 3) / 4;
+  const Bytes u = bytes(rank * u_bytes), v = bytes(rank * v_bytes), out = bytes(pages * page_nbytes);
+  for (int64_t i = 0; i < rank * u_bytes; ++i) u.get()[i] = static_cast<uint8_t>(draw(0, 255));
+  for (int64_t i = 0; i < rank * v_bytes; ++i) v.get()[i] = static_cast<uint8_t>(draw(0, 255));
+  std::vector<float> scales(rank, 2.0f);
+  const float levels[4] = {1, 2, 3, 4};
+  const FileDelta delta = {{u.get(), u_bytes, n, levels}, {v.get(), v_bytes, k, levels}, scales.data(), rank};
+  const auto code = [](const uint8_t* p, int64_t i) { return p[i / 4] >> 2 * (i % 4) & 3; };
+  for (int64_t page = 0; page < pages; ++page) {
+    uint8_t* const data = out.get() + page * page_nbytes;
+    uint8_t* const u_tiles = data + kVOffset + of_v * kTileBytes;
+    write_head(delta, page, data, end, page_nbytes);
+    write_v_tiles(delta, page, 0, of_v, data + kVOffset);
+    write_u_tiles(delta, page, 0, of_u, u_tiles);
+    for (int64_t r = 0; r < 16; ++r) {
+      const int64_t row = page * 16 + r;
+      for (int64_t i = 0; i < 16 * of_v; ++i) {
+        const int expected = row < rank && i < k ? code(v.get() + row * v_bytes, i) : 0;
+        if (code(data + kVOffset + i / 16 * 64 + r * 4, i % 16) != expected) std::exit(2);
+      }
+      for (int64_t j = 0; j < 16 * of_u; ++j) {
+        const int expected = row < rank && j < n ? code(u.get() + row * u_bytes, j) : 0;
+        if (code(u_tiles + j * 4, r) != expected) std::exit(3);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   for (int i = 0; i < 400; ++i) {
     const bool base = draw(0, 1);
     run_case({static_cast<DType>(draw(0, kDTypes - 1)), draw(0, 70), draw(1, 90), draw(1, 200), base,
-              !base && draw(0, 1), base && draw(0, 1)});
+              !base && draw(0, 1), base && draw(0, 1), false});
+    run_case({kFloat32, draw(0, 70), draw(1, 90), draw(1, 200), false, true, false, true});
     run_descent();
+    run_paging();
   }
   std::printf("no errors");
   for (const Kernels* kernels : tables()) std::printf(", %s", kernels->name);
