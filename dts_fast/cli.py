@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import traceback
+import warnings
 from contextlib import contextmanager
 
 import click
@@ -36,14 +38,34 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except DTSError as error:
+            if ctx.params.get("verbose"):
+                traceback.print_exc()
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="dts-fast")
-def main() -> None:
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks on stderr, errors alone.")
+@click.option("-v", "--verbose", is_flag=True, help="Warnings, and where an error comes from.")
+def main(quiet, verbose) -> None:
     """Many fine-tuned variants of one model, each about 1 % of it, served from one resident base."""
+    warnings.simplefilter("default" if verbose else "ignore")
+
+
+def _remark(text: str) -> None:
+    """What a person may want to know and a program does not, on stderr."""
+    if not click.get_current_context().find_root().params["quiet"]:
+        click.echo(text, err=True)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell) -> None:
+    """Print a script for tab completion; for bash: eval "$(dts-fast completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    click.echo(get_completion_class(shell)(main, {}, "dts-fast", "_DTS_FAST_COMPLETE").source())
 
 
 @main.command()
@@ -83,7 +105,7 @@ def compress(base_model, model, out_path, overwrite, **settings) -> None:
         report = run(base_model, model, out_path, DTSConfig(**settings), overwrite=overwrite, progress=progress)
     click.echo(f"{report.path}: {report.nbytes:,} bytes, {report.share:.3%} of the base's {report.base_nbytes:,}")
     for reason, names in _by_reason(report.skipped).items():
-        click.echo(f"  not in it ({reason}): {len(names)} tensors, e.g. {names[0]}", err=True)
+        _remark(f"  not in it ({reason}): {len(names)} tensors, e.g. {names[0]}")
 
 
 @main.command()
@@ -163,7 +185,7 @@ def export_lora(adapter, base_model, out_path, drop, overwrite) -> None:
 
     left_out = run(adapter, base_model, out_path, drop=drop, overwrite=overwrite)
     for name in left_out:
-        click.echo(f"left out: {name}", err=True)
+        _remark(f"left out: {name}")
     click.echo(f"{out_path}: a LoRA for PEFT")
 
 
@@ -226,7 +248,7 @@ def select(adapters, characteristic, encoder) -> None:
 
     name, similarity = nearest(adapters, read_characteristic(characteristic, encoder))
     click.echo(name)
-    click.echo(f"cosine similarity {similarity:.4f}", err=True)
+    _remark(f"cosine similarity {similarity:.4f}")
 
 
 @main.command()
@@ -302,7 +324,7 @@ def bench(models, rows, dtype, share, adapters, composition, device, rounds, out
     if not as_json:
         _console().print(bench_report.table(found, before))
         products = max(roofline.flops.values()) / 1e9
-        click.echo(f"memory {roofline.bytes_per_s / 1e9:.1f} GB/s, products {products:.0f} GF/s", err=True)
+        _remark(f"memory {roofline.bytes_per_s / 1e9:.1f} GB/s, products {products:.0f} GF/s")
         if before is not None:
             click.echo(bench_report.summary_of_change(found, before))
 
@@ -348,7 +370,7 @@ def _by_reason(skipped) -> dict[str, list[str]]:
 @contextmanager
 def _progress():
     """A progress bar on stderr where that is a terminal, else silence."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or click.get_current_context().find_root().params["quiet"]:
         yield None
         return
     from rich.console import Console

@@ -114,3 +114,35 @@ def test_doctor_says_why_there_is_no_extension_and_the_mend(monkeypatch):
     assert cpu["reason"] == "the extension is not built"
     assert "pip install --no-build-isolation" in cpu["mend"]
     assert "pip install" in render(diagnose())
+
+
+def test_quiet_says_results_alone(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    arguments = ["compress", "--base-model", base, "--model", tuned, "--density", "0.5", "--exclude", "proj"]
+    loud = CliRunner().invoke(main, [*map(str, arguments), "--out-path", str(tmp_path / "a")])
+    quiet = CliRunner().invoke(main, ["-q", *map(str, arguments), "--out-path", str(tmp_path / "b")])
+    assert "not in it" in loud.stderr
+    assert quiet.stderr == ""
+    assert quiet.stdout.replace("/b:", "/a:") == loud.stdout
+    failed = CliRunner().invoke(main, ["-q", *map(str, arguments), "--out-path", str(tmp_path / "b")])
+    assert (failed.exit_code, "exists already" in failed.stderr) == (1, True)
+
+
+def test_verbose_says_where_an_error_comes_from(tmp_path):
+    failed = CliRunner().invoke(main, ["-v", "inspect", str(tmp_path)])
+    assert "Traceback" in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in CliRunner().invoke(main, ["inspect", str(tmp_path)]).stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(shell):
+    assert "_DTS_FAST_COMPLETE" in run("completion", shell)
+    assert "COMP_WORDS" in run("completion", "bash")
+
+
+def test_commands_complete():
+    environment = {"_DTS_FAST_COMPLETE": "bash_complete", "COMP_WORDS": "dts-fast in", "COMP_CWORD": "1"}
+    code = "from dts_fast.cli import main; main(prog_name='dts-fast')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["plain,inspect"]
