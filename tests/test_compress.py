@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -355,3 +356,17 @@ def test_paths_are_welcome_in_the_config(tmp_path, checkpoints):
     compress(base, tuned, tmp_path / "a", DTSConfig(rank=1, characteristic=tmp_path / "v.json", reference=base))
     assert "v.json" not in (tmp_path / "a" / "README.md").read_text()
     assert load_adapter(tmp_path / "a").config["characteristic"]
+
+
+def test_runs_for_one_target_at_a_time_leave_one_whole_adapter(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    options = ["--base-model", base, "--model", tuned, "--density", "0.5", "--out-path", tmp_path / "a"]
+    code = "from dts_fast.cli import main; main(prog_name='dts-fast')"
+    command = [sys.executable, "-c", code, "compress", *map(str, options)]
+    runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [run.communicate(timeout=120)[1] for run in runs]
+    codes = sorted(run.returncode for run in runs)
+    assert codes[0] == 0, errors
+    assert all(run.returncode == 0 or "error: " in error for run, error in zip(runs, errors, strict=True))
+    assert len(load_adapter(tmp_path / "a").parameters) == 7
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith((".a", "a"))) == ["a"]
