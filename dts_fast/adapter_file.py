@@ -339,6 +339,11 @@ def _check_headers(
         if full in layout:
             raise AdapterFormatError(f"{file}: parameter {full!r} is stored both whole and as a delta.")
         layout[full] = ("whole", None)
+        if headers[full][0] not in _DTYPES:
+            raise AdapterFormatError(
+                f"{file}: {full!r}: expected one of {', '.join(_DTYPES)}, got {headers[full][0]}, which this release "
+                "does not read."
+            )
     unknown = sorted(set(declared) - set(layout))
     if unknown:
         raise AdapterFormatError(f"{file}: the config gives a shape for {unknown[0]!r}, which is not in the file.")
@@ -390,24 +395,29 @@ class _Stored:
 
     def attach(self) -> None:
         """Make the data there; before, nothing is allocated."""
-        data = torch.frombuffer(self.mapping, dtype=torch.uint8)[self.begin :]
+        self.data = torch.frombuffer(self.mapping, dtype=torch.uint8)[self.begin :]
         ends: dict[str, list[int]] = {}
         for entry in self.entries.values():
             first, last = entry["data_offsets"]
-            known = ends.setdefault(entry["dtype"], [first, last])
-            known[:] = min(known[0], first), max(known[1], last)
-        # All of a dtype lie side by side, and are one copy.
-        for name, (first, last) in ends.items():
-            part = data[first:last]
-            self.parts[name] = first, (part if name == "U8" and not self.copies else part.clone()).view(_DTYPES[name])
+            known = ends.setdefault(entry["dtype"], [first, last, 0])
+            known[:] = min(known[0], first), max(known[1], last), known[2] + last - first
+        # Where all of a dtype lie side by side, as most writers have them, they are one copy.
+        for name, (first, last, covered) in ends.items():
+            if last - first == covered:
+                part = self.data[first:last]
+                part = part if name == "U8" and not self.copies else part.clone()
+                self.parts[name] = first, part.view(_DTYPES[name])
 
     def get(self, name: str) -> Tensor:
         entry = self.entries[name]
-        start, part = self.parts[entry["dtype"]]
         first, last = entry["data_offsets"]
-        size = part.element_size()
-        values = part[(first - start) // size : (last - start) // size]
-        return values if len(entry["shape"]) == 1 else values.view(entry["shape"])
+        if entry["dtype"] in self.parts:
+            start, part = self.parts[entry["dtype"]]
+            size = part.element_size()
+            if (first - start) % size == 0:
+                values = part[(first - start) // size : (last - start) // size]
+                return values if len(entry["shape"]) == 1 else values.view(entry["shape"])
+        return self.data[first:last].clone().view(_DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def _read(stored: _Stored, name: str, kind: str, shape: tuple[int, ...] | None) -> Parameter:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .adapter_file import Parameter
-from .bank import Arena
+from .bank import MOST_MEMBERS, Arena
 from .codes import PageLayout, is_matrix, num_pages, terms_of
 from .errors import CapacityError, DTSError
 
 # How many times the first adapter's pages in a layer another adapter may take there.
 _MOST_OVER_FIRST = 2
+_LIST_ENTRY = 8  # bytes of a page's number and weight in a slot's list
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,11 @@ class Arenas:
         """
         needs, vectors = {}, 0
         for path, parameters in new.items():
+            # Every layer's vectors have a row for each slot, whether or not this adapter changes them.
+            own = (p for p in modules[path]._parameters.values() if p is not None and p.dim() == 1)
+            vectors += sum((self.max_adapters + 1) * parameter.nbytes for parameter in own)
             for name, parameter in parameters.items():
-                if isinstance(parameter, Tensor):
-                    continue
-                if not is_matrix(parameter):
-                    own = modules[path].get_parameter(name)
-                    vectors += (self.max_adapters + 1) * own.nbytes
-                elif name == "weight":
+                if not isinstance(parameter, Tensor) and is_matrix(parameter) and name == "weight":
                     n, k = (t := terms_of(parameter)[0]).u.n, t.v.n
                     pages = sum(num_pages(term.rank) for term in terms_of(parameter))
                     needs[path] = _Need((n, k), pages, PageLayout(n, k).nbytes)
@@ -72,10 +71,12 @@ class Arenas:
         if self.left is None:
             return {}
         one = sum(need.pages * need.nbytes for need in needs.values())
+        lists = sum(need.pages * _MOST_OVER_FIRST * min(self.max_adapters, MOST_MEMBERS) for need in needs.values())
+        vectors += lists * self.max_adapters * _LIST_ENTRY
         count = min(self.max_adapters, (self.left - vectors) // max(one, 1))
         if count < 1 and new:
             raise CapacityError(
-                f"max_bytes leaves {self.left} bytes, but the adapter's pages take {one}, and vectors of "
+                f"max_bytes leaves {self.left} bytes, but the adapter's pages take {one}, and the vectors and lists of "
                 f"{self.max_adapters} slots {vectors}. Give more bytes, or fewer max_adapters."
             )
         self.left -= vectors + count * one

@@ -30,9 +30,8 @@ class LiveModel:
     def __init__(self, model: nn.Module) -> None:
         self.root = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self._first_path: dict[int, str] = {}
-        for path, module in self.modules.items():
-            self._first_path.setdefault(id(module), path)
+        first: dict[int, str] = {}
+        self._first_path = {path: first.setdefault(id(module), path) for path, module in self.modules.items()}
         self._aliases = _aliases(model)
         self._names_in_checkpoint = _names_in_checkpoint(model)
         self._last: tuple[object, ...] = (None,)
@@ -52,8 +51,9 @@ class LiveModel:
             BaseMismatchError: deltas of parameters that the model does not have.
         """
         key = tuple((name, isinstance(parameter, Tensor)) for name, parameter in adapter.parameters.items())
-        if key == self._last[0]:  # adapters of one base mostly change the same parameters
-            places, live = self._last[1:]
+        last = self._last  # read once: other threads load too
+        if key == last[0]:  # adapters of one base mostly change the same parameters
+            places, live = last[1:]
             owned: Owned = {}
             for name, path, leaf in places:
                 owned.setdefault(path, {})[leaf] = adapter.parameters[name]
@@ -127,7 +127,7 @@ class LiveModel:
             if isinstance(self.modules.get(parent), nn.MultiheadAttention):
                 path, leaf = parent, f"{child}.{leaf}"
             # A module that stands at several paths is wrapped once, under the first.
-            first = self._first_path[id(self.modules[path])]
+            first = self._first_path[path]
             if (first, leaf) not in owners:
                 owners.append((first, leaf))
         return owners

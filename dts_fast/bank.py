@@ -23,7 +23,7 @@ from .mixture import mix
 from .paging import pages_of
 
 # How many adapters' pages a mixture may list in a bank of fixed capacity: every entry of a list is there for all slots.
-_MOST_MEMBERS = 8
+MOST_MEMBERS = 8
 
 
 def _outside_inference_mode(method: Callable[..., None]) -> Callable[..., None]:
@@ -76,7 +76,7 @@ class Bank(nn.Module):
     ) -> None:
         super().__init__()
         self.arena = arena
-        num_pages, length = (arena.pages, arena.per_slot * min(num_slots, _MOST_MEMBERS)) if arena else (0, 0)
+        num_pages, length = (arena.pages, arena.per_slot * min(num_slots, MOST_MEMBERS)) if arena else (0, 0)
         # Not persistent: adapters are files of their own, and the base's state dict stays the base's.
         for name, tensor in (
             ("pages", torch.zeros(num_pages, page_nbytes, dtype=torch.uint8, device=device)),
@@ -147,9 +147,14 @@ class Bank(nn.Module):
         self._make_room(count, reusable=len(self._only_in(slot)))
         self.evict(slot)
         taken, self._free = self._free[:count], self._free[count:]
-        if count:
-            write(taken)
-            self._list(slot, taken, weight)
+        try:
+            if count:
+                write(taken)
+                self._list(slot, taken, weight)
+        except BaseException:
+            if slot not in self._listed:
+                self._free = taken + self._free
+            raise
 
     @_outside_inference_mode
     def share(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
@@ -176,10 +181,11 @@ class Bank(nn.Module):
     @_outside_inference_mode
     def evict(self, slot: int) -> None:
         """Empty a slot and free the pages that no other slot shares."""
-        listed = self._listed.pop(slot, [])
+        listed = self._listed.get(slot, [])
         if not listed:
             return
         self.slot_pages[slot] = -1
+        del self._listed[slot]
         freed = []
         for page in listed:
             self._users[page] -= 1
@@ -237,6 +243,8 @@ class Bank(nn.Module):
             grown["pages"] = self.pages.new_zeros(old + new - free, self.pages.shape[1])
             grown["pages"][:old] = self.pages
             self._free += range(old, grown["pages"].shape[0])
+        if self.pages.is_cuda:
+            torch.cuda.current_stream(self.pages.device).synchronize()  # other streams do not wait for this one
         # One assignment: a call in another thread has either all of the old tensors or all of the new ones. The old
         # ones are not written to any more.
         self._buffers = grown

@@ -214,6 +214,16 @@ def is_matrix(delta: Delta) -> bool:
     return isinstance(terms_of(delta)[0], LowRankDelta)
 
 
+def owned(delta: Delta) -> Delta:
+    """A copy whose codes are no views of anything else (a mapped file, say)."""
+    if isinstance(delta, DeltaSum):
+        return DeltaSum(tuple(owned(term) for term in delta.terms))
+    if isinstance(delta, LowRankDelta):
+        u, v = (CodedMatrix(f.codes.clone(), f.levels.clone(), f.n) for f in (delta.u, delta.v))
+        return LowRankDelta(u, delta.s.clone(), v, delta.shape)
+    return CodedVector(delta.codes.clone(), delta.levels.clone(), delta.shape)
+
+
 def scaled(delta: Delta, weight: float) -> Delta:
     """``weight`` times a delta: the weight goes to the scales, or to the levels of a vector; codes are shared."""
     if isinstance(delta, DeltaSum):

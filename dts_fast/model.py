@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,8 @@ class DTSModel(nn.Module):
         max_rank: fixes the memory for adapters, so that loading never allocates and compiled models and CUDA graphs
             stay valid: every adapter may take this rank in every layer.
         max_bytes: fixes the memory likewise, to so many bytes: the first adapter divides them among the layers, in the
-            proportions of its own ranks, and in one layer no other may take more than twice its pages.
+            proportions of its own ranks, and in one layer no other may take more than twice its pages. Tensors that
+            adapters store whole come on top.
         eviction: ``"lru"`` lets the least recently used adapter go where room is needed; its name stays known, and a
             call that uses it loads it again. None refuses the load.
         prepack: keep the weights of the linear layers that adapters change in the order in which the CPU kernels read
@@ -76,8 +77,9 @@ class DTSModel(nn.Module):
         # Before anything is wrapped: the checkpoint's names are those of the bare model.
         self._live = LiveModel(model)
         self._wrappers: dict[str, DTSModule] = {}
+        self._attaching = 0  # loads under way
         self._arenas = Arenas(max_adapters, max_rank, max_bytes)
-        self._residency = Residency(self.slots, self._wrappers, eviction == "lru")
+        self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._sources.__contains__)
         # generate() calls an encoder by itself.
         encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
         self._hooks = []
@@ -130,11 +132,10 @@ class DTSModel(nn.Module):
             base_model, max_adapters, max_rank=max_rank, max_bytes=max_bytes, eviction=eviction, prepack=prepack
         )
         try:
-            model._attach(loaded, adapter_name, verify_base)
+            model._attach(loaded, adapter_name, _Source.of(locate_adapter(adapter)), verify_base=verify_base)
         except BaseException:
             model._remove_hooks()
             raise
-        model._sources[adapter_name] = _Source.of(locate_adapter(adapter))
         model.set_adapter(adapter_name)
         return model
 
@@ -162,8 +163,8 @@ class DTSModel(nn.Module):
         if not (replace and adapter_name in self.slots.names):
             self.slots.check_new(adapter_name)
         source = _Source.of(locate_adapter(adapter))
-        self._attach(load_adapter(adapter, mapped=True), adapter_name, verify_base, replace)
-        self._sources[adapter_name] = source
+        loaded = load_adapter(source.folder, mapped=True)
+        self._attach(loaded, adapter_name, source, verify_base=verify_base, replace=replace)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -195,8 +196,13 @@ class DTSModel(nn.Module):
             UnknownAdapterError: no such adapter.
             CapacityError: there is no room for it.
         """
+        was = adapter_name in self.slots.pinned
         self.slots.pin(adapter_name)
-        self.slots.end_lease(self._lease([adapter_name]).values())
+        try:
+            self.slots.end_lease(self._lease([adapter_name]).values())
+        except BaseException:
+            self.slots.pin(adapter_name, was)
+            raise
 
     def unpin_adapter(self, adapter_name: str) -> None:
         """Allow that an adapter is evicted again.
@@ -216,9 +222,11 @@ class DTSModel(nn.Module):
         Raises:
             UnknownAdapterError: no such adapter.
         """
-        self.slots.release(adapter_name, self._residency.clear)
-        self.adapter_configs.pop(adapter_name, None)
-        self._sources.pop(adapter_name, None)  # a mixture has none
+        with self.slots.loading:  # what a load gives this name after is not to be forgotten
+            self.slots.check(adapter_name)
+            self.adapter_configs.pop(adapter_name, None)
+            self._sources.pop(adapter_name, None)  # a mixture has none
+            self.slots.release(adapter_name, self._residency.clear)
 
     def add_weighted_adapter(
         self,
@@ -256,13 +264,14 @@ class DTSModel(nn.Module):
         else:
             chosen = dict(zip(adapters, check_weights(adapters, weights), strict=True))
         self.slots.check_new(adapter_name)
-        slots = self._lease(adapters)
-        try:
-            members = [(slots[name], weight) for name, weight in chosen.items() if slots[name] >= 0]
-            self._residency.mix(adapter_name, members, keep=adapters)
-        finally:
-            self.slots.end_lease(slots.values())
-        self.adapter_configs[adapter_name] = {"members": list(chosen.items())}
+
+        def publish() -> None:
+            self.adapter_configs[adapter_name] = {"members": list(chosen.items())}
+
+        complete = False
+        while not complete:
+            self.slots.end_lease(self._lease(adapters).values())  # in memory, as far as others let them
+            complete = self._residency.mix(adapter_name, chosen, publish)
         return chosen
 
     def select(self, characteristic: Tensor) -> tuple[str, float]:
@@ -272,7 +281,7 @@ class DTSModel(nn.Module):
         Raises:
             DTSError: no loaded adapter has a characteristic, or lengths differ.
         """
-        with_one = [name for name, config in self.adapter_configs.items() if config.get("characteristic")]
+        with_one = [name for name, config in list(self.adapter_configs.items()) if config.get("characteristic")]
         return select(characteristic, self._characteristics(with_one))
 
     def _characteristics(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -294,14 +303,16 @@ class DTSModel(nn.Module):
     def generate(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
         """``generate`` of transformers; ``adapter_names`` as in `forward`, one name for each prompt also with beams
         or several return sequences."""
-        with self._routed(adapter_names, expandable=True):
+        main = _main_input((*args, kwargs.get("inputs")), kwargs)
+        with self._routed(adapter_names, expandable=True, rows=None if main is None else main.shape[0]):
             return self.model.generate(*args, **kwargs)
 
     def compile(self, *args: object, **kwargs: object) -> None:
         """Compile the model's forward in place, as `torch.nn.Module.compile` (arguments are `torch.compile`'s). One
         graph serves all adapters: which of them a row uses is an input of it. That loading does not change what it
-        reads, construct with ``max_rank`` or ``max_bytes``; and load first what changes the same parameters as the
-        others do (a new kind, say biases, adds a step to the graph). Heads stored whole are compiled for each adapter.
+        reads, construct with ``max_rank`` or ``max_bytes``, and load an adapter that changes as many layers as any
+        before the first call. Heads stored whole are compiled for each adapter. Call the model through this class: a
+        `route` around the bare model makes its names constants of the graph.
         """
         self.model.compile(*args, **kwargs)
 
@@ -317,13 +328,16 @@ class DTSModel(nn.Module):
                 merged.
         """
         name = adapter_name or self.slots.active
-        slot = self._lease([name])[name]
-        # All are computed before any is written: layers with tied weights share a parameter.
-        merged = [wrapper.dense_parameters(slot) for wrapper in self._wrappers.values()]
+        leased = self._lease([name])
+        try:
+            # All are computed before any is written: layers with tied weights share a parameter.
+            merged = [wrapper.dense_parameters(leased[name]) for wrapper in self._wrappers.values()]
+        finally:
+            self.slots.end_lease(leased.values())
         layers = [wrapper.bare_layer() for wrapper in self._wrappers.values()]
         for layer, parameters in zip(layers, merged, strict=True):
-            for name, value in parameters.items():
-                layer.get_parameter(name).data = value
+            for own, value in parameters.items():
+                layer.get_parameter(own).data = value
         for path in list(self._wrappers):
             self._live.put(path, self._wrappers.pop(path).base_layer)
         self.model = self._live.root
@@ -403,14 +417,17 @@ class DTSModel(nn.Module):
     def _routed(
         self, adapter_names: str | Sequence[str] | None, expandable: bool = False, rows: int | None = None
     ) -> Iterator[None]:
-        """A route whose adapters stay what they are until it ends."""
-        if adapter_names is None and current_route() is not None:
-            yield  # an outer one of the user's
-            return
+        """A route whose adapters stay what they are until it ends; without names, that of an outer one or of the
+        active adapter."""
+        outer = current_route()
+        if adapter_names is None and outer is not None:
+            if outer.lease is not None and outer.lease.table is self.slots:
+                yield
+                return
+            adapter_names, expandable = outer.adapter_names, expandable or outer.expandable
         names = self.slots.active if adapter_names is None else adapter_names
         chosen = route(names, expandable=expandable)
-        distinct = [names] if isinstance(names, str) else chosen.adapter_names
-        slots = self._lease(distinct)
+        slots = self._lease([names] if isinstance(names, str) else chosen.adapter_names)
         try:
             lease = Lease(self.slots, slots, self._device())
             with route(names, expandable=expandable, lease=lease, rows=rows):
@@ -427,32 +444,53 @@ class DTSModel(nn.Module):
         if torch.compiler.is_compiling():
             return
         current = current_route()
+        if isinstance(current, _BatchRoute) and current.owner is module:
+            current.__exit__()  # of a call that was interrupted: its hooks did not run
+            current = current_route()
         names = self.slots.active if current is None else current.adapter_names
         lease = None if current is None else current.lease
         own = lease is not None and lease.table is self.slots
         if isinstance(current, _BatchRoute) or (own and isinstance(names, str)):
             return
+        tokens: set[int] = set()
         if not isinstance(names, str):
             main = _main_input(args, kwargs)
             if main is None:
                 return
             names = current.names_for(main.shape[0])
+            given = [t for t in (*args, *(kwargs.get(name) for name in _MAIN_INPUTS)) if isinstance(t, Tensor)]
+            tokens = {t.shape[1] for t in given if t.dim() in (2, 3) and t.shape[0] == main.shape[0]}
         if not own:
             slots = self._lease([names] if isinstance(names, str) else names)
             lease = Lease(self.slots, slots, self._device())
-        _BatchRoute(names, module, lease, ends=not own).__enter__()
+        _BatchRoute(names, module, lease, tokens, ends=not own).__enter__()
 
     def _load_again(self, name: str, keep: Iterable[str]) -> None:
         """Load an adapter that was evicted."""
         source = self._sources.get(name)
-        if source is None or name in self.slots.resident:
-            return  # deleted meanwhile, or loaded by another thread
-        checked = source == _Source.of(source.folder)
-        adapter = load_adapter(source.folder, verify_checksum=not checked, mapped=True)
-        self._attach(adapter, name, verify_base=False, replace=True, keep=keep)
+        if source is None:
+            if name in self.slots.names and name not in self.slots.resident:
+                raise DTSError(f"adapter {name!r} was evicted, and no file is known to load it from. Delete it.")
+            return  # deleted meanwhile
+
+        def wanted() -> bool:  # and not deleted, replaced, or loaded by another thread
+            return self._sources.get(name) is source and name not in self.slots.resident
+
+        if wanted():
+            unchanged = source == _Source.of(source.folder)
+            adapter = load_adapter(source.folder, verify_checksum=not unchanged, mapped=True)
+            self._attach(adapter, name, source, verify_base=False, replace=True, keep=keep, wanted=wanted)
 
     def _attach(
-        self, adapter: Adapter, name: str, verify_base: bool, replace: bool = False, keep: Iterable[str] = ()
+        self,
+        adapter: Adapter,
+        name: str,
+        source: _Source,
+        *,
+        verify_base: bool,
+        replace: bool = False,
+        keep: Iterable[str] = (),
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         owned, live = self._live.owners(adapter)
         for path, parameters in owned.items():
@@ -460,13 +498,29 @@ class DTSModel(nn.Module):
             own.check_parameters(parameters)
         if verify_base:
             self._live.check_base(adapter, live)
-        with self.slots.loading:
-            self._wrap(owned)
-        self._residency.load(name, [(self._wrappers[path], p) for path, p in owned.items()], replace, keep)
-        self.adapter_configs[name] = adapter.config
 
-    def _wrap(self, owned: Owned) -> None:
-        """Put wrappers in the place of layers that an adapter is the first to change."""
+        def publish() -> None:
+            self._sources[name], self.adapter_configs[name] = source, adapter.config
+
+        with self.slots.loading:
+            left = self._arenas.left
+            new = self._wrap(owned)
+            self._attaching += 1
+        try:
+            parts = [(self._wrappers[path], p) for path, p in owned.items()]
+            self._residency.load(name, parts, publish, replace=replace, keep=keep, wanted=wanted)
+        except BaseException:
+            with self.slots.loading:
+                if self._attaching == 1:  # or another thread may be about to load into them
+                    self._unwrap(new)
+                    self._arenas.left = left
+            raise
+        finally:
+            with self.slots.loading:
+                self._attaching -= 1
+
+    def _wrap(self, owned: Owned) -> dict[str, DTSModule]:
+        """Put wrappers in the place of layers that an adapter is the first to change; returns these."""
         new = {path: parameters for path, parameters in owned.items() if path not in self._wrappers}
         arenas = self._arenas.of(self._live.modules, new)
         made, slow = {}, []
@@ -489,6 +543,16 @@ class DTSModel(nn.Module):
                 "at the base, compress with --exclude.",
                 stacklevel=4,
             )
+        return made
+
+    def _unwrap(self, made: Mapping[str, DTSModule]) -> None:
+        """Take wrappers that hold nothing away again."""
+        for path, wrapper in made.items():
+            names, slots = wrapper.base_shapes(), range(self.slots.capacity)
+            if not any(wrapper.changes(slot, name) for slot in slots for name in names):
+                del self._wrappers[path]
+                self._live.put(path, wrapper.base_layer)
+        self.model = self._live.root
 
     def _share_banks(self, owned: Owned, new: Collection[str]) -> None:
         """Layers with tied weights keep the adapters' deltas once, unless a fine-tune has untied them."""
@@ -507,17 +571,27 @@ class DTSModel(nn.Module):
 class _BatchRoute(route):
     """The route of one call of a model, one name for each of its rows; the route it came from lies below it."""
 
-    def __init__(self, names: str | Sequence[str], owner: nn.Module, lease: Lease, ends: bool) -> None:
-        super().__init__(names, flattened=True, lease=lease)
+    of_model = True
+
+    def __init__(
+        self, names: str | Sequence[str], owner: nn.Module, lease: Lease, tokens: Collection[int], ends: bool
+    ) -> None:
+        super().__init__(names, flattened=tokens, lease=lease)
         self.owner, self.ends = owner, ends
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self.dropped()
+
+    def dropped(self) -> None:
+        if self.ends:
+            self.lease.table.end_lease(self.lease.slots.values())
 
 
 def _leave_batch(module: nn.Module, args: tuple, output: object) -> None:
     current = current_route()
     if isinstance(current, _BatchRoute) and current.owner is module:
         current.__exit__()
-        if current.ends:
-            current.lease.table.end_lease(current.lease.slots.values())
 
 
 def _main_input(args: tuple, kwargs: Mapping[str, object]) -> Tensor | None:
@@ -547,7 +621,7 @@ class _Source:
     def of(cls, folder: Path) -> _Source:
         file = folder / WEIGHTS_NAME
         status = file.stat() if file.is_file() else None
-        return cls(folder, (status.st_mtime_ns, status.st_size) if status else (0, 0))
+        return cls(folder.resolve(), (status.st_mtime_ns, status.st_size) if status else (0, 0))
 
 
 def _load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:

@@ -27,24 +27,43 @@ class Residency:
         table: names and slots.
         wrappers: the model's, by path; more may come.
         evicts: whether the least recently used may go where room is needed.
+        has_file: whether an adapter can be loaded again.
     """
 
-    def __init__(self, table: SlotTable, wrappers: Mapping[str, DTSModule], evicts: bool) -> None:
-        self.table, self.wrappers, self.evicts = table, wrappers, evicts
-        self._freed = False  # whether pages were freed that kernels in flight may still read
+    def __init__(
+        self,
+        table: SlotTable,
+        wrappers: Mapping[str, DTSModule],
+        evicts: bool,
+        has_file: Callable[[str], bool],
+    ) -> None:
+        self.table, self.wrappers, self.evicts, self.has_file = table, wrappers, evicts, has_file
 
     def clear(self, slot: int) -> None:
         """Empty a slot in all layers."""
-        self._freed = True
-        for wrapper in list(self.wrappers.values()):
-            wrapper.clear_slot(slot)
+        for device in self._gpus():
+            torch.cuda.synchronize(device)  # calls that used it have ended, but their kernels may not have
+        with ExitStack() as stack:  # all of them, whatever one raises
+            for wrapper in list(self.wrappers.values()):
+                stack.callback(wrapper.clear_slot, slot)
 
-    def load(self, name: str, parts: Parts, replace: bool = False, keep: Collection[str] = ()) -> None:
+    def load(
+        self,
+        name: str,
+        parts: Parts,
+        publish: Callable[[], None],
+        *,
+        replace: bool = False,
+        keep: Collection[str] = (),
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Load an adapter.
 
         Args:
-            replace: take the place of another one of its name, when all is loaded.
+            publish: called when all is loaded, before calls can find the name.
+            replace: take the place of another one of its name.
             keep: names that are not evicted for it.
+            wanted: asked when nothing can change any more: whether it is still to be loaded.
 
         Raises:
             DTSError: the name is taken.
@@ -58,22 +77,37 @@ class Residency:
         def write(slot: int) -> None:
             for wrapper, parameters in parts:
                 wrapper.load_slot(slot, parameters)
+            publish()
 
-        self._fill(name, replace, keep, fits, write)
+        self._fill(name, write, fits, replace=replace, keep=keep, wanted=wanted)
 
-    def mix(self, name: str, members: list[tuple[int, float]], keep: Collection[str]) -> None:
-        """Load the weighted sum of slots, whose names are to be kept; it is pinned.
+    def mix(self, name: str, weights: Mapping[str, float], publish: Callable[[], None]) -> bool:
+        """Load the weighted sum of resident adapters; it is pinned. Returns False where one of them was evicted.
 
         Raises:
             CapacityError, DTSError: see `load` and `DTSModule.mix_slots`. Nothing is changed.
         """
+        complete = True
 
         def write(slot: int) -> None:
-            for wrapper in list(self.wrappers.values()):
-                wrapper.mix_slots(slot, members)
+            nonlocal complete
+            slots = self.table.lease(weights)
+            if slots is None:
+                complete = False
+                return
+            try:
+                members = [(slots[member], weight) for member, weight in weights.items() if slots[member] >= 0]
+                for wrapper in list(self.wrappers.values()):
+                    wrapper.mix_slots(slot, members)
+            finally:
+                self.table.end_lease(slots.values())
+            publish()
 
-        self._fill(name, False, keep, lambda without: True, write)
-        self.table.pin(name)
+        def written() -> bool:
+            return complete
+
+        self._fill(name, write, lambda without: True, keep=weights, pinned=True, written=written)
+        return complete
 
     def lease(self, names: Iterable[str], load_again: Callable[[str, Collection[str]], None]) -> dict[str, int]:
         """The slots of names for a call (`SlotTable.lease`), after what was evicted has been loaded again.
@@ -103,26 +137,37 @@ class Residency:
     def _fill(
         self,
         name: str,
-        replace: bool,
-        keep: Collection[str],
-        fits: Callable[[list[int]], bool],
         write: Callable[[int], None],
+        fits: Callable[[list[int]], bool],
+        *,
+        replace: bool = False,
+        keep: Collection[str] = (),
+        pinned: bool = False,
+        wanted: Callable[[], bool] = lambda: True,
+        written: Callable[[], bool] = lambda: True,
     ) -> None:
         while True:
             version = self.table.version
             with self.table.loading:
+                if not wanted():
+                    return
                 if not replace:
                     self.table.check_new(name)
                 slot = self._room(name, keep, fits)
                 if slot is not None:
+                    done = False
                     try:
                         with self._copying():
                             write(slot)
-                    except BaseException:  # whatever stopped it, the slot must not keep a part of the adapter
-                        self.clear(slot)
-                        self.table.cancel(slot)
-                        raise
-                    self.table.occupy(name, slot, self.clear)
+                        done = written()
+                    finally:  # whatever stopped it, the slot must not keep a part of the adapter
+                        if not done:
+                            try:
+                                self.clear(slot)
+                            finally:
+                                self.table.cancel(slot)
+                    if done:
+                        self.table.occupy(name, slot, self.clear, pinned=pinned)
                     return
             if self.table.leased_here:
                 raise CapacityError(
@@ -139,16 +184,19 @@ class Residency:
             CapacityError: there will not.
         """
         table = self.table
-        own = [name] if name in table.resident else []  # what a new version of it replaces
-        going: list[str] = []
-        for more in [[], *([n] for n in (table.evictable(keep) if self.evicts else [])), own]:
-            going += [n for n in more if n not in going]
-            slots = [table.slot(n) for n in going]
+        removable = table.removable(keep) if self.evicts else {}
+        evictable = table.evictable(keep) if self.evicts else {}
+        # What a new version replaces may go for it, if it can come back where that fails.
+        own = {name: table.slot(name)} if name in table.resident and self.has_file(name) else {}
+        going: dict[str, int] = {}
+        for more in ({}, *({n: slot} for n, slot in evictable.items()), own):
+            going |= more
+            slots = list(going.values())
             if table.free + len(slots) > 0 and fits(slots):
                 # What a call has taken since stays, and room is looked for again.
                 gone = all(table.evict(n, self.clear, pinned=n == name) for n in going)
                 return table.reserve() if gone else None
-        later = [table.slot(n) for n in {*(table.removable(keep) if self.evicts else []), *own}] + table.retiring
+        later = list(dict.fromkeys([*removable.values(), *own.values(), *table.retiring]))
         if table.free + len(later) > 0 and fits(later):
             return None
         if table.free + len(later) == 0:
@@ -159,17 +207,19 @@ class Residency:
             "Delete or unpin some, or construct with a larger capacity."
         )
 
+    def _gpus(self) -> set[torch.device]:
+        if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+            return set()
+        wrappers = list(self.wrappers.values())
+        return {t.device for w in wrappers for t in (*w.parameters(), *w.buffers()) if t.is_cuda}
+
     @contextmanager
     def _copying(self) -> Iterator[None]:
         """Within, copies to GPUs run on streams of their own; at the end they are done."""
-        tensors = (t for wrapper in self.wrappers.values() for t in wrapper.buffers())
-        devices = {t.device for t in tensors if t.is_cuda} if torch.cuda.is_initialized() else ()
         with ExitStack() as stack:
-            for device in devices:
-                if self._freed:
-                    torch.cuda.synchronize(device)  # calls have ended, but their kernels may not have
+            for device in self._gpus():
                 stream = torch.cuda.Stream(device)
+                stream.wait_stream(torch.cuda.current_stream(device))  # arenas may just have been made there
                 stack.callback(stream.synchronize)
                 stack.enter_context(torch.cuda.stream(stream))
-            self._freed = False
             yield

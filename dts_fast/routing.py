@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +45,9 @@ class route:  # noqa: N801 (used like a function)
         adapter_names: one name for all rows, or one name for each row of the input (its first dimension);
             ``"__base__"`` is the base alone.
         expandable: generate() may put several neighbouring rows (beams, return sequences) for each name.
-        flattened: a matrix ``[B * T, features]`` counts as B rows of T neighbouring entries each, B being the number
-            of names (some models flatten tokens before their linear layers).
+        flattened: numbers of tokens a row, for models that flatten them before their linear layers: a matrix
+            ``[B * T, features]`` counts as B rows of T neighbouring entries each, B being the number of names and T
+            one of these.
         lease: the names' slots, where a model has looked them up for all its layers.
         rows: of the batch, where it is known: a single name then means so many, and graphs that are compiled for one
             serve the other.
@@ -56,12 +57,15 @@ class route:  # noqa: N801 (used like a function)
         UnknownAdapterError: within, a layer meets a name that is not loaded.
     """
 
+    # Whether a model has found as many rows in its own input as there are names.
+    of_model = False
+
     def __init__(
         self,
         adapter_names: str | Sequence[str],
         *,
         expandable: bool = False,
-        flattened: bool = False,
+        flattened: Collection[int] = (),
         lease: Lease | None = None,
         rows: int | None = None,
     ) -> None:
@@ -87,7 +91,15 @@ class route:  # noqa: N801 (used like a function)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _ROUTES.stack.pop()
+        # What was entered within and not left (an interrupt between a model's hooks) goes too.
+        stack = _ROUTES.stack
+        while stack and stack[-1] is not self:
+            stack.pop().dropped()
+        if stack:
+            stack.pop()
+
+    def dropped(self) -> None:
+        """Called for a route that is left without its own `__exit__`."""
 
     def names_for(self, rows: int) -> str | tuple[str, ...]:
         """One name for each of ``rows`` rows, or one for all.
@@ -142,9 +154,9 @@ def current_slots(table: SlotTable, shape: Sequence[int], *, traceable: bool = F
         slot_of = lease.slots.__getitem__
     if isinstance(names, str):
         return slot_of(names)
-    if current.flattened and len(set(names)) == 1:
+    if current.of_model and len(set(names)) == 1:
         return slot_of(names[0])  # the model's own input had the right number of rows; inner shapes do not matter
-    if rows != 1 and not (current.flattened and len(shape) == 2 and rows % len(names) == 0):
+    if rows != 1 and not (len(shape) == 2 and rows in {len(names) * tokens for tokens in current.flattened}):
         names = current.names_for(rows)
     slots = [slot_of(name) for name in names]
     return slots[0] if len(set(slots)) == 1 else slots
@@ -154,7 +166,18 @@ def narrowed(rows: Sequence[int]) -> route:
     """A route for some rows of the current batch, for layers inside a part of it."""
     current = current_route()
     names = [current.adapter_names[row] for row in rows]
-    return route(names, flattened=current.flattened, lease=current.lease)
+    part = route(names, flattened=current.flattened, lease=current.lease)
+    part.of_model = current.of_model
+    return part
+
+
+def named_slots(table: SlotTable) -> set[int]:
+    """The slots of all rows of the current route, or of the active adapter."""
+    current = current_route()
+    names = table.active if current is None else current.adapter_names
+    own = current is not None and current.lease is not None and current.lease.table is table
+    slot_of = current.lease.slots.__getitem__ if own else table.slot
+    return {slot_of(name) for name in ([names] if isinstance(names, str) else names)}
 
 
 def slot_ids(slots: Slots, rows: int, device: torch.device) -> Tensor:

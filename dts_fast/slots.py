@@ -146,17 +146,20 @@ class SlotTable:
             self._reserved.discard(slot)
             self._notify()
 
-    def occupy(self, name: str, slot: int, clear: Callable[[int], None] | None = None) -> None:
+    def occupy(self, name: str, slot: int, clear: Callable[[int], None] | None = None, *, pinned: bool = False) -> None:
         """Give a loaded slot its name: from now on calls find it.
 
         Args:
             clear: empties the slot that the name had before, at once or when the last call that uses it has ended.
+            pinned: whether it is pinned from the start.
         """
         with self._changed:
             old = self._slots.get(name)
             self._reserved.discard(slot)
             self._slots[name] = slot
             self._touch(name)
+            if pinned:
+                self._pinned.add(name)
             emptied = old is not None and old != slot and self._retire(old, clear)
             self._notify()
         if emptied:
@@ -206,15 +209,15 @@ class SlotTable:
         self._finish(slot)
         return True
 
-    def evictable(self, keep: Collection[str] = ()) -> list[str]:
-        """Resident names that are neither in use, pinned nor in ``keep``, the least recently used first."""
+    def evictable(self, keep: Collection[str] = ()) -> dict[str, int]:
+        """Names that are neither in use, pinned nor in ``keep``, the least recently used first, with their slots."""
         with self._changed:
-            return [name for name in self.removable(keep) if not self._leases[self._slots[name]]]
+            return {name: slot for name, slot in self.removable(keep).items() if not self._leases[slot]}
 
-    def removable(self, keep: Collection[str] = ()) -> list[str]:
+    def removable(self, keep: Collection[str] = ()) -> dict[str, int]:
         """`evictable` once the calls that run now have ended."""
         with self._changed:
-            return [name for name in self._recent if name not in self._pinned and name not in keep]
+            return {n: self._slots[n] for n in self._recent if n not in self._pinned and n not in keep}
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keep an adapter from being evicted, or allow it again.
@@ -290,11 +293,12 @@ class SlotTable:
 
     def _finish(self, slot: int) -> None:
         with self.loading:
-            clear = self._retired[slot]
-            clear(slot)
-            with self._changed:
-                del self._retired[slot]
-                self._notify()
+            try:
+                self._retired[slot](slot)
+            finally:
+                with self._changed:
+                    del self._retired[slot]
+                    self._notify()
 
     def _notify(self) -> None:
         self._version += 1

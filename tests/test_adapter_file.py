@@ -330,3 +330,45 @@ def test_errors_that_are_no_errors(saved, errors):
     set_config(saved, errors=errors)
     with pytest.raises(AdapterFormatError, match="'errors' a list of finite numbers"):
         load_adapter(saved)
+
+
+def test_files_of_other_writers_with_any_order_of_tensors(tmp_path):
+    """The format of safetensors knows no order of dtypes and no alignment."""
+    parameters = {"w": fit(torch.randn(9, 7), rank=3), "v": fit_vector(torch.randn(5)), "h": torch.randn(3)}
+    save_adapter(tmp_path / "a", Adapter(made_up_config(len(parameters)), parameters), "card")
+    weights = (tmp_path / "a" / WEIGHTS_NAME).read_bytes()
+    (size,) = struct.unpack("<Q", weights[:8])
+    header, data = json.loads(weights[8 : 8 + size]), weights[8 + size :]
+    names = [name for name in header if name != "__metadata__"]
+    # Bytes and floats in turns, so that floats begin at odd offsets.
+    names = [n for pair in zip(sorted(names, reverse=True), sorted(names), strict=True) for n in pair]
+    shuffled, out = {}, b""
+    for name in dict.fromkeys(names):
+        first, last = header[name]["data_offsets"]
+        shuffled[name] = header[name] | {"data_offsets": [len(out), len(out) + last - first]}
+        out += data[first:last]
+    text = json.dumps(shuffled).encode()
+    weights = struct.pack("<Q", len(text)) + text + out
+    (tmp_path / "a" / WEIGHTS_NAME).write_bytes(weights)
+    config = json.loads((tmp_path / "a" / CONFIG_NAME).read_text())
+    config["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    (tmp_path / "a" / CONFIG_NAME).write_text(json.dumps(config))
+    for mapped in (False, True):
+        read = load_adapter(tmp_path / "a", mapped=mapped).parameters
+        assert torch.equal(read["w"].dequantize(), parameters["w"].dequantize())
+        assert torch.equal(read["v"].dequantize(), parameters["v"].dequantize())
+        assert torch.equal(read["h"], parameters["h"])
+
+
+def test_an_adapter_whose_parameters_share_memory_is_written(tmp_path):
+    vector = fit_vector(torch.randn(5))
+    save_adapter(tmp_path / "a", Adapter(made_up_config(2), {"v": vector, "w": vector}), "card")
+    read = load_adapter(tmp_path / "a").parameters
+    assert torch.equal(read["v"].dequantize(), read["w"].dequantize())
+
+
+def made_up_config(parameters: int) -> dict[str, object]:
+    return {
+        "base_model_name_or_path": "base", "base_nbytes": 1000, "base_fingerprint": "", "compression": {},
+        "errors": [0.5] * parameters, "model_config": {}, "tied": {}, "versions": {},
+    }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from conftest import write_checkpoint
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dts_fast import DTSConfig, DTSModel, compress
@@ -102,3 +103,37 @@ def test_generation_with_a_static_cache_compiles_nothing_anew(folder):
     for names, tokens in zip(cases[1:], expected[1:], strict=True):
         assert torch.equal(model.generate(ids, adapter_names=names, **settings), tokens)
     assert counter.frame_count == frames
+
+
+class WithPositions(torch.nn.Module):
+    """Positions are embedded once for all rows, and go through linear layers and norms as ``[1, T, H]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.project = torch.nn.Embedding(8, 12), torch.nn.Linear(12, 12)
+        self.norm, self.mix = torch.nn.LayerNorm(12), torch.nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, input_ids):
+        shared = torch.arange(4)[None].to(torch.float32)[..., None].expand(1, 4, 12) / 4
+        return self.mix(self.norm(self.project(shared))) + self.positions(input_ids)
+
+
+def test_inputs_that_all_rows_share(tmp_path):
+    base = WithPositions().eval()
+    write_checkpoint(tmp_path / "base", base.state_dict())
+    for name in "ab":
+        tuned = {n: p + 0.2 * torch.randn_like(p) for n, p in base.state_dict().items()}
+        write_checkpoint(tmp_path / f"tuned_{name}", tuned)
+        compress(tmp_path / "base", tmp_path / f"tuned_{name}", tmp_path / name, DTSConfig(rank=4))
+    model = DTSModel(base, max_rank=4)
+    for name in "ab":
+        model.load_adapter(tmp_path / name, name)
+    ids = torch.randint(0, 8, (2, 4))
+    with torch.no_grad():
+        eager = [model(ids, adapter_names=names) for names in (["a", "b"], "b", ["b", "__base__"])]
+        counter = CompileCounterWithBackend("aot_eager")
+        model.compile(backend=counter, fullgraph=True, dynamic=False)
+        compiled = [model(ids, adapter_names=names) for names in (["a", "b"], "b", ["b", "__base__"])]
+    for got, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1

@@ -63,7 +63,7 @@ ALLOWED = {
     "nn.banked": {"bank", "codes", "nn.module", "routing", "slots"},
     "nn.linear": {"bank", "nn.banked", "nn.module", "ops", "prepack", "routing", "slots"},
     "nn.embedding": {"bank", "codes", "nn.banked", "ops", "routing", "slots"},
-    "nn.conv": {"bank", "codes", "nn.banked", "ops", "routing", "slots"},
+    "nn.conv": {"bank", "codes", "nn.banked", "nn.module", "ops", "routing", "slots"},
     "nn.norm": {"bank", "codes", "nn.module", "routing", "slots"},
     "nn": {"bank", "nn.banked", "nn.conv", "nn.embedding", "nn.linear", "nn.module", "nn.norm", "prepack", "slots"},
     "attach": {"adapter_file", "checkpoint", "errors", "fingerprint", "nn.module", "prepack"},

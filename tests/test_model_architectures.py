@@ -102,6 +102,66 @@ def test_the_number_of_names_is_checked_against_the_models_input(tmp_path):
         model(torch.randint(3, 99, (4, 5)), adapter_names=["a", "b"])
 
 
+def switch():
+    config = transformers.SwitchTransformersConfig(
+        num_layers=2, num_heads=4, d_kv=8, d_ff=40, num_experts=3, expert_capacity=16, num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1, decoder_start_token_id=0, **SIZES,
+    )  # fmt: skip
+    return transformers.SwitchTransformersForConditionalGeneration(config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [2, 3, 4, 6])
+def test_gathered_tokens_are_refused_and_not_given_to_wrong_rows(tmp_path, length):
+    """Experts get the tokens that are theirs, from any row."""
+    model, dense = adapters(tmp_path, switch, exclude="relative_attention_bias")
+    ids = torch.randint(3, 99, (2, length))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    for name in ("a", "b", "__base__"):
+        expected = dense[name](**inputs).logits
+        logits = model(**inputs, adapter_names=name).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    try:
+        mixed = model(**inputs, adapter_names=["a", "b"]).logits
+    except RoutingError:
+        return
+    # Where an expert happened to get all tokens in their order.
+    expected = torch.stack([dense[name](**inputs).logits[row] for row, name in enumerate("ab")])
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def deberta():
+    config = transformers.DebertaV2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40, vocab_size=99,
+        relative_attention=True, pos_att_type=["p2c", "c2p"], max_position_embeddings=40, num_labels=3,
+    )  # fmt: skip
+    return transformers.DebertaV2ForSequenceClassification(config)
+
+
+def mamba():
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99, state_size=4)
+    return transformers.MambaForCausalLM(config)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:no fast path")
+@pytest.mark.parametrize("make", [deberta, mamba])
+def test_models_that_compute_with_weights_of_layers_they_do_not_call(tmp_path, make):
+    model, dense = adapters(tmp_path, make)
+    ids = torch.randint(3, 99, (2, 6))
+    for name in ("a", "b", "__base__"):
+        expected = dense[name](ids).logits
+        logits = model(ids, adapter_names=name).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    if make is deberta:
+        with pytest.raises(RoutingError, match="without calling"):
+            model(ids, adapter_names=["a", "b"])
+    else:  # a mixer has parameters of its own, and runs once for each adapter
+        mixed = model(ids, adapter_names=["a", "b"]).logits
+        expected = torch.stack([dense[name](ids).logits[row] for row, name in enumerate("ab")])
+        torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_gradient_checkpointing_outside_its_route_is_refused_not_wrong():
     from torch.utils.checkpoint import checkpoint
 

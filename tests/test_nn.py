@@ -502,3 +502,49 @@ def test_the_general_way_changes_nothing_that_other_threads_see():
         y = wrapper(x)
     torch.testing.assert_close(y, linear(x, dense["a"]["inner.weight"], dense["a"]["inner.bias"]))
     assert all(weight is layer.inner.weight for weight in seen)
+
+
+def test_hooks_of_the_base_layer_run_for_every_row():
+    for layer, x in ((nn.Linear(12, 10), torch.randn(2, 12)), (nn.LayerNorm(9), torch.randn(2, 9))):
+        wrapper, _ = both(layer)
+        seen = []
+        layer.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        for names in ("__base__", "a", ["a", "b"]):
+            before = len(seen)
+            with torch.no_grad(), route(names):
+                wrapper(x)
+            # A norm whose rows differ is computed by its formula, in which the layer itself has no part.
+            assert len(seen) > before or (isinstance(layer, nn.LayerNorm) and names == ["a", "b"])
+
+
+def test_a_weight_that_is_read_is_the_current_adapters():
+    wrapper, dense = both(nn.Linear(12, 10))
+    x = torch.randn(3, 12)
+    base = wrapper.base_layer.weight
+    assert wrapper.weight is base
+    with torch.no_grad(), route("a"):
+        read = wrapper.weight
+        assert (read.dtype, read.device, read.shape) == (base.dtype, base.device, base.shape)
+        assert isinstance(read, torch.Tensor)
+        torch.testing.assert_close(linear(x, read), linear(x, dense["a"]["weight"]))
+        torch.testing.assert_close(x @ read.T, linear(x, dense["a"]["weight"]))
+        torch.testing.assert_close(read[2:4] + 1, dense["a"]["weight"][2:4] + 1)
+    with route(["a", "__base__", "b"]):
+        assert wrapper.weight.shape == base.shape
+        with pytest.raises(RoutingError, match=r"'weight' of a Linear without calling"):
+            linear(x, wrapper.weight)
+    with route(["a", "a", "a"]):
+        torch.testing.assert_close(linear(x, wrapper.weight), linear(x, dense["a"]["weight"]))
+    with route("__base__"):
+        assert wrapper.weight is base
+
+
+def test_parameters_of_the_general_way_are_copies():
+    codes = torch.randint(0, 256, (3, 3), dtype=torch.uint8)
+    delta = fit(torch.randn(10, 12), rank=3)
+    mapped = type(delta)(type(delta.u)(codes, delta.u.levels, 10), delta.s, delta.v, delta.shape)
+    layer = DTSModule(nn.Linear(12, 10))
+    layer.load_adapter("a", mapped)
+    before = layer.dense_parameters(0)["weight"]
+    codes.zero_()
+    assert torch.equal(layer.dense_parameters(0)["weight"], before)

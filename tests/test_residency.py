@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import importlib
 import shutil
 import threading
 import time
@@ -12,9 +14,10 @@ import torch
 from conftest import write_checkpoint
 from torch import nn
 
-from dts_fast import DTSConfig, DTSModel, compress, route
+from dts_fast import DTSConfig, DTSModel, bank, compress, route
 from dts_fast.errors import AdapterFormatError, CapacityError, DTSError, UnknownAdapterError
 
+model_module = importlib.import_module("dts_fast.model")
 NAMES = ["a", "b", "c", "d"]
 
 
@@ -339,6 +342,150 @@ def test_a_call_that_loads_does_not_wait_for_itself(folder):
     hook.remove()
     assert model.adapter_names == ["a"]
     model(IDS, adapter_names="a")
+
+
+def test_an_interrupted_call_leaves_no_route_and_no_lease(folder, expected):
+    model = make_model(folder, max_adapters=2)
+    for name in "ab":
+        model.load_adapter(folder / name, name)
+    model.set_adapter("a")
+    interrupt = model.model.norm.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for call in (
+        lambda: model(IDS, adapter_names=["b", "b"]),
+        lambda: model(IDS, adapter_names=["a", "b"]),
+        lambda: model.model(IDS),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    interrupt.remove()
+    assert torch.equal(model(IDS), expected["a"])
+    assert torch.equal(model.model(IDS), expected["a"])
+    assert model.slots._leases == [0, 0]
+    model.delete_adapter("b")
+    model.load_adapter(folder / "c", "c")
+    assert torch.equal(model(IDS, adapter_names="c"), expected["c"])
+
+
+def test_what_cannot_be_done_leaves_no_pin_and_no_lease(folder, monkeypatch):
+    model = make_model(folder, max_adapters=1, eviction="lru")
+    for name in "ab":
+        model.load_adapter(folder / name, name)
+    model.pin_adapter("b")
+    with pytest.raises(CapacityError):
+        model.pin_adapter("a")
+    assert model.slots.pinned == ["b"]
+    model.unpin_adapter("b")
+    model(IDS, adapter_names="a")
+    monkeypatch.setattr(model._wrappers["first"], "dense_parameters", lambda slot: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.merge_and_unload("a")
+    assert model.slots._leases == [0]
+    model.load_adapter(folder / "b", "again")
+
+
+def test_a_load_that_fails_while_pages_are_written_loses_none(folder, expected, monkeypatch):
+    model = make_model(folder, max_adapters=2, max_rank=7)
+    model.load_adapter(folder / "a", "a")
+    before = contents(model)
+    calls = []
+
+    def fail(delta, out=None, original=bank.pages_of):
+        calls.append(delta)
+        if len(calls) == 2:
+            raise MemoryError
+        return original(delta, out)
+
+    monkeypatch.setattr(bank, "pages_of", fail)
+    with pytest.raises(MemoryError):
+        model.load_adapter(folder / "b", "b")
+    monkeypatch.undo()
+    assert contents(model) == before
+    model.load_adapter(folder / "b", "b")
+    check(model, expected, "a", "b")
+
+
+def test_a_refused_first_adapter_leaves_the_model_as_it_was(folder, expected):
+    model = make_model(folder, max_bytes=5_000)
+    layers = dict(model.model.named_children())
+    with pytest.raises(CapacityError, match="max_bytes"):
+        model.load_adapter(folder / "big", "big")
+    assert dict(model.model.named_children()) == layers
+
+
+def test_a_reload_does_not_undo_what_happened_meanwhile(folder, expected, monkeypatch):
+    """Another thread replaces or deletes an adapter while its file is read to load it again."""
+    for meanwhile in ("replace", "delete"):
+        model = make_model(folder, max_adapters=2, eviction="lru")
+        model.load_adapter(folder / "a", "x")
+        for name in "bc":
+            model.load_adapter(folder / name, name)
+        assert "x" not in model.resident_adapters
+
+        def read(*args, original=model_module.load_adapter, model=model, meanwhile=meanwhile, **kwargs):
+            monkeypatch.undo()
+            adapter = original(*args, **kwargs)
+            thread = threading.Thread(
+                target=lambda: (
+                    model.load_adapter(folder / "d", "x", replace=True)
+                    if meanwhile == "replace"
+                    else model.delete_adapter("x")
+                )
+            )
+            thread.start()
+            thread.join(20)
+            return adapter
+
+        monkeypatch.setattr(model_module, "load_adapter", read)
+        if meanwhile == "replace":
+            assert torch.equal(model(IDS, adapter_names="x"), expected["d"])
+        else:
+            with pytest.raises(UnknownAdapterError):
+                model(IDS, adapter_names="x")
+            assert model.adapter_names == ["b", "c"]
+
+
+def test_a_mixture_is_not_given_up_for_its_own_replacement(folder, monkeypatch):
+    model = make_model(folder, max_adapters=3)
+    for name in "ab":
+        model.load_adapter(folder / name, name)
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mix")
+    y = model(IDS, adapter_names="mix")
+    with pytest.raises(CapacityError):
+        model.load_adapter(folder / "c", "mix", replace=True)
+    assert torch.equal(model(IDS, adapter_names="mix"), y)
+    model.delete_adapter("b")
+    model.load_adapter(folder / "c", "mix", replace=True)
+    assert not torch.equal(model(IDS, adapter_names="mix"), y)
+
+
+def test_adapters_are_found_again_from_another_working_directory(folder, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    model = make_model(folder, max_adapters=1, eviction="lru")
+    for name in "ab":
+        model.load_adapter(name, name)
+    monkeypatch.chdir(tmp_path)
+    check(model, expected, "a", "b")
+
+
+def test_a_copy_of_a_model_goes_on_by_itself(folder, expected):
+    model = make_model(folder)
+    model.load_adapter(folder / "a", "a")
+    own = copy.deepcopy(model)
+    own.load_adapter(folder / "b", "b")
+    check(own, expected, "a", "b")
+    assert model.adapter_names == ["a"]
+
+
+def test_outer_routes_are_leased_for_a_whole_call(folder, expected):
+    model = make_model(folder, max_adapters=1, eviction="lru")
+    for name in "ab":
+        model.load_adapter(folder / name, name)
+    with route("a"):
+        assert torch.equal(model(IDS), expected["a"])
+    with route(["b", "b"]):
+        assert torch.equal(model(IDS), expected["b"])
+    with model.disable_adapter():
+        assert torch.equal(model(IDS), expected["__base__"])
 
 
 def test_threads_that_load_evict_and_mix_see_whole_adapters(folder, expected):

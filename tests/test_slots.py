@@ -70,11 +70,11 @@ def test_a_new_version_takes_the_name_while_calls_end_with_the_old_one():
 def test_eviction_takes_what_was_used_longest_ago_and_nothing_that_is_pinned_or_in_use():
     table, cleared = table_with("a", "b", "c"), []
     table.end_lease(table.lease(["a"]).values())
-    assert table.evictable() == ["b", "c", "a"]
-    assert table.evictable(keep=["b"]) == ["c", "a"]
+    assert list(table.evictable()) == ["b", "c", "a"]
+    assert list(table.evictable(keep=["b"])) == ["c", "a"]
     table.pin("b")
     running = table.lease(["c"])
-    assert (table.evictable(), table.removable()) == (["a"], ["a", "c"])
+    assert (list(table.evictable()), list(table.removable())) == (["a"], ["a", "c"])
     assert not table.evict("b", cleared.append)
     assert not table.evict("c", cleared.append)
     assert table.evict("a", cleared.append)

@@ -36,7 +36,9 @@ class BankedModule(DTSModule):
             arena = Arena(num_pages(min(max_rank, *shape)) * self.slots.capacity, num_pages(min(max_rank, *shape)))
         device = next((t.device for t in (*base_layer.parameters(), *base_layer.buffers())), None)
         self.bank = Bank(self.layout.nbytes, self.slots.capacity, arena=arena, device=device)
-        self.biases: VectorTable | None = None
+        # From the start, as compiled graphs and calls in other threads go through it.
+        bias = base_layer._parameters.get("bias")
+        self.biases = None if bias is None else VectorTable(bias, self.slots.capacity)
         # Which parameters each slot changes; a slot that is not here costs the layer nothing.
         self.loaded: dict[int, frozenset[str]] = {}
 
@@ -46,7 +48,7 @@ class BankedModule(DTSModule):
         if "weight" in parameters:
             self.bank.load_delta(slot, self._for_pages(parameters["weight"]))
         if "bias" in parameters:
-            self._bias_table().load(slot, parameters["bias"])
+            self.biases.load(slot, parameters["bias"])
         self.loaded[slot] = frozenset(parameters)
         return None
 
@@ -54,6 +56,9 @@ class BankedModule(DTSModule):
         if "weight" not in parameters or not _are_deltas(parameters):
             return True
         return self.bank.fits(sum(num_pages(term.rank) for term in terms_of(parameters["weight"])), without)
+
+    def changes(self, slot: int, name: str) -> bool:
+        return name in self.loaded.get(slot, ()) or super().changes(slot, name)
 
     def parameters_of(self, slot: int) -> Mapping[str, Parameter]:
         found = dict(super().parameters_of(slot))
@@ -93,11 +98,6 @@ class BankedModule(DTSModule):
 
     def _from_pages(self, matrix):
         return matrix
-
-    def _bias_table(self) -> VectorTable:
-        if self.biases is None:
-            self.biases = VectorTable(self.base_layer.bias, self.slots.capacity)
-        return self.biases
 
     def _touched(self, slots: Slots) -> bool:
         """Whether any of these slots changes this layer. Always, for a graph that is compiled once for all adapters."""

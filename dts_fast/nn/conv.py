@@ -13,6 +13,7 @@ from ..codes import DeltaSum, LowRankDelta, matrix_shape, terms_of
 from ..routing import Slots, current_slots, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
+from .module import for_each
 
 
 class DTSConv(BankedModule):
@@ -48,7 +49,7 @@ class DTSConv(BankedModule):
         slots = current_slots(self.slots, input.shape, traceable=True)
         if isinstance(slots, list) and input.shape[0] == 1:
             return super().forward(input)
-        return self.forward_fast(slots, input)
+        return self.forward_fast(slots, for_each(slots, input))
 
     def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
         layer = self.base_layer

@@ -11,7 +11,7 @@ from ..prepack import PackedLinear, pack_, unpack_
 from ..routing import Slots, current_slots, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
-from .module import has_features
+from .module import for_each, has_features
 
 
 class DTSLinear(BankedModule):
@@ -92,7 +92,7 @@ class DTSLinear(BankedModule):
         slots = current_slots(self.slots, input.shape, traceable=True)
         if isinstance(slots, list) and input.shape[0] == 1:
             return super().forward(input)
-        return self.forward_fast(slots, input)
+        return self.forward_fast(slots, for_each(slots, input))
 
     def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
         layer = self._modules["base_layer"]
@@ -109,8 +109,9 @@ class DTSLinear(BankedModule):
         ids = slot_ids(slots, x.shape[0], x.device)
         weight = layer._parameters.get("weight")
         packed = type(layer) is PackedLinear
-        # A layer that accelerate moves or offloads must run itself, or its hooks do not.
-        if packed or (type(layer) is nn.Linear and type(weight) in _PLAIN and "_hf_hook" not in layer.__dict__):
+        # A layer with hooks (a user's, or accelerate's that move or offload it) must run itself, or they do not.
+        plain = (packed or (type(layer) is nn.Linear and type(weight) in _PLAIN)) and not _is_hooked(layer)
+        if plain:
             bias, own_biases = layer._parameters["bias"], None
             if self.biases is not None and self._touches_bias(slots):
                 # One adapter's takes the place of the base's; many are added behind.

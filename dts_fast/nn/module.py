@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..codes import Delta, LowRankDelta
+from ..codes import Delta, LowRankDelta, owned
 from ..errors import BaseMismatchError, DTSError, RoutingError
 from ..mixture import mix
-from ..routing import Slots, current_slots, narrowed
-from ..slots import SlotTable
+from ..routing import Slots, current_route, current_slots, named_slots, narrowed
+from ..slots import BASE, SlotTable
 
 Parameter = Delta | Tensor
 
@@ -46,7 +46,8 @@ class DTSModule(nn.Module):
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)
+            value = getattr(self.base_layer, name)
+            return ReadParameter.of(value, self, name) if isinstance(value, nn.Parameter) else value
 
     def load_adapter(self, name: str, delta: LowRankDelta | None = None, **parameters: Parameter) -> None:
         """Load an adapter for this layer.
@@ -169,11 +170,15 @@ class DTSModule(nn.Module):
         """Whether `load_slot` would find room for these parameters, once these slots are empty."""
         return True
 
-    # A subclass may hold a slot in its own way; these four belong together.
+    # A subclass may hold a slot in its own way; these five belong together.
+
+    def changes(self, slot: int, name: str) -> bool:
+        """Whether a slot changes a parameter."""
+        return name in self.stored.get(slot, {})
 
     def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
         """`load_adapter` for a slot of a shared table, with checked parameters."""
-        self.stored[slot] = dict(parameters)
+        self.stored[slot] = {n: p if isinstance(p, Tensor) else owned(p) for n, p in parameters.items()}
 
     def clear_slot(self, slot: int) -> None:
         """Free what a slot holds in this layer."""
@@ -239,6 +244,55 @@ class DTSModule(nn.Module):
         return run_with(self.base_layer, self.dense_parameters(slot), args, kwargs)
 
 
+class ReadParameter(Tensor):
+    """A base layer's parameter as code finds it that reads ``layer.weight`` and does not call the layer: what it says
+    of itself (dtype, device, shape) is the base's; where it is computed with, it is the current adapter's.
+
+    Raises:
+        RoutingError: where it is computed with and the rows of the batch differ.
+    """
+
+    @staticmethod
+    def of(parameter: nn.Parameter, wrapper: DTSModule, name: str) -> Tensor:
+        """The parameter itself where no adapter of the current route changes it."""
+        if torch.compiler.is_compiling() or (current_route() is None and wrapper.slots.active == BASE):
+            return parameter
+        slots = named_slots(wrapper.slots)
+        if not any(wrapper.changes(slot, name) for slot in slots):
+            return parameter
+        read = parameter.detach().as_subclass(ReadParameter)
+        read.origin = parameter, wrapper, name, slots
+        return read
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if (function.__self__.__name__ if name == "__get__" else name) in _TELLS_NO_VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map(lambda t: t.personal() if isinstance(t, cls) else t, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def personal(self) -> Tensor:
+        _, wrapper, name, slots = self.origin
+        if len(slots) > 1:
+            raise RoutingError(
+                f"the model computes with {name!r} of a {type(wrapper.base_layer).__name__} without calling that "
+                "layer, and the rows of this batch have different ones. Run these adapters in separate batches, or "
+                "compress without it (--exclude)."
+            )
+        return wrapper.dense_parameters(next(iter(slots)))[name]
+
+
+# What is asked of a parameter's description.
+_TELLS_NO_VALUES = frozenset({
+    "dtype", "device", "shape", "ndim", "itemsize", "nbytes", "layout", "requires_grad", "is_leaf", "is_cuda",
+    "is_meta", "is_cpu", "is_sparse", "is_quantized", "size", "dim", "numel", "nelement", "element_size", "stride",
+    "get_device", "is_contiguous", "is_floating_point", "is_complex", "data_ptr", "ndimension", "__len__",
+    "as_subclass",
+})  # fmt: skip
+
+
 def has_features(layer: nn.Module) -> bool:
     """Whether a layer tells the sizes of a linear's weight."""
     return all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
@@ -293,6 +347,13 @@ def with_parameters(layer: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Mo
     if isinstance(own, nn.RNNBase):  # it keeps a list of them, for cuDNN
         own.__dict__["_flat_weights"] = [getattr(own, name) for name in own._flat_weights_names]
     return own
+
+
+def for_each(slots: Slots, input: Tensor) -> Tensor:
+    """An input that all rows share (position ids, say), once for each of them, where slots come as a tensor."""
+    if isinstance(slots, Tensor) and input.shape[0] == 1 and slots.shape[0] > 1:
+        return input.expand(slots.shape[0], *input.shape[1:])
+    return input
 
 
 def batch_shape(args, kwargs) -> torch.Size:

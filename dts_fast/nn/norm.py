@@ -11,7 +11,7 @@ from ..bank import VectorTable
 from ..codes import is_matrix
 from ..routing import Slots, current_slots, slot_ids
 from ..slots import SlotTable
-from .module import DTSModule, Parameter, run_with, with_parameters
+from .module import DTSModule, Parameter, for_each, run_with, with_parameters
 
 
 class DTSNorm(DTSModule):
@@ -26,17 +26,16 @@ class DTSNorm(DTSModule):
 
     def __init__(self, base_layer: nn.Module, max_adapters: int = 8, *, slots: SlotTable | None = None) -> None:
         super().__init__(base_layer, max_adapters, slots=slots)
-        self.tables = nn.ModuleDict()
-        self._names = tuple(base_layer._parameters)
-        self._native = type(base_layer) is nn.LayerNorm
+        # All of them from the start: calls in other threads go through them, and compiled graphs have them.
+        own = base_layer._parameters.items()
+        tables = {name: VectorTable(parameter, self.slots.capacity) for name, parameter in own if parameter is not None}
+        self.tables = nn.ModuleDict(tables)
         self.loaded: dict[int, frozenset[str]] = {}
 
     def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
         if any(isinstance(p, Tensor) or is_matrix(p) for p in parameters.values()):
             return super().load_slot(slot, parameters)
         for name, delta in parameters.items():
-            if name not in self.tables:
-                self.tables[name] = VectorTable(self.base_layer.get_parameter(name), self.slots.capacity)
             self.tables[name].load(slot, delta)
         self.loaded[slot] = frozenset(parameters)
         return None
@@ -46,6 +45,9 @@ class DTSNorm(DTSModule):
         self.loaded.pop(slot, None)
         for table in self.tables.values():
             table.evict(slot)
+
+    def changes(self, slot: int, name: str) -> bool:
+        return name in self.loaded.get(slot, ()) or super().changes(slot, name)
 
     def parameters_of(self, slot: int) -> Mapping[str, Parameter]:
         own = {name: self.tables[name].deltas[slot] for name in self.loaded.get(slot, ())}
@@ -57,7 +59,7 @@ class DTSNorm(DTSModule):
         slots = current_slots(self.slots, input.shape, traceable=True)
         if isinstance(slots, list) and input.shape[0] == 1:
             return super().forward(input)
-        return self.forward_fast(slots, input)
+        return self.forward_fast(slots, for_each(slots, input))
 
     def forward_fast(self, slots: Slots, input: Tensor, *args, **kwargs) -> Tensor:
         layer = self._modules["base_layer"]
@@ -66,7 +68,8 @@ class DTSNorm(DTSModule):
             if slots not in self.loaded:
                 return layer(input, *args, **kwargs)
             own = {name: table.values[slots] for name, table in tables.items()}
-            if self._native and not args and not kwargs:
+            hooked = layer._forward_hooks or layer._forward_pre_hooks
+            if type(layer) is nn.LayerNorm and not (hooked or args or kwargs):
                 weight, bias = (own.get(name, layer._parameters[name]) for name in ("weight", "bias"))
                 return nn.functional.layer_norm(input, layer.normalized_shape, weight, bias, layer.eps)
             return run_with(layer, own, (input, *args), kwargs)
@@ -90,7 +93,7 @@ def _run_each(layer: nn.Module, own: Mapping[str, Tensor], input: Tensor, *args,
         return y.to(input.dtype)
     if type(layer) is nn.RMSNorm:
         wide = torch.promote_types(input.dtype, torch.float32)
-        eps = layer.eps or torch.finfo(input.dtype).eps
+        eps = torch.finfo(input.dtype).eps if layer.eps is None else layer.eps
         y = nn.functional.rms_norm(input.to(wide), layer.normalized_shape, None, eps)
         return (y * own["weight"].to(wide)).to(input.dtype)
     # Models' own norms multiply in Python, where a weight with a dimension for the batch is as good as one without.
