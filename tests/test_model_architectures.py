@@ -157,7 +157,9 @@ def test_models_that_compute_with_weights_of_layers_they_do_not_call(tmp_path, m
         with pytest.raises(RoutingError, match="without calling"):
             model(ids, adapter_names=["a", "b"])
     else:  # a mixer has parameters of its own, and runs once for each adapter
-        mixed = model(ids, adapter_names=["a", "b"]).logits
+        with pytest.raises(RoutingError, match="which is of the whole batch"):
+            model(ids, adapter_names=["a", "b"], use_cache=True)
+        mixed = model(ids, adapter_names=["a", "b"], use_cache=False).logits
         expected = torch.stack([dense[name](ids).logits[row] for row, name in enumerate("ab")])
         torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -218,6 +218,7 @@ class DTSModule(nn.Module):
             groups.setdefault(slot if slot in self.stored else _FAST, []).append(row)
         if groups.keys() == {_FAST}:
             return self.forward_fast(slots, *args, **kwargs)
+        self._refuse_state((*args, *kwargs.values()))
         repeats, results, taken = rows // batch, [], []
         for members in groups.values():
             taken.append([row * repeats + i for row in members for i in range(repeats)])
@@ -237,6 +238,24 @@ class DTSModule(nn.Module):
                 result = result.expand(len(taken[-1]), *result.shape[1:])
             results.append(result)
         return merge_rows(results, taken)
+
+    def _refuse_state(self, values: Iterable[object]) -> None:
+        """Refuse to run for a part of the batch with an object (a cache) that is of all of it, and is changed.
+
+        Raises:
+            RoutingError: one of the layer's arguments is no plain data.
+        """
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                self._refuse_state(value)
+            elif isinstance(value, dict):
+                self._refuse_state(value.values())
+            elif not (value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))):
+                raise RoutingError(
+                    f"{type(self.base_layer).__name__} has parameters of its own that differ within this batch, and is "
+                    f"given a {type(value).__name__}, which is of the whole batch. Run these adapters in separate "
+                    "batches or without it (use_cache=False), or compress without its parameters (--exclude)."
+                )
 
     def _forward_one(self, slot: int, args, kwargs):
         if slot not in self.stored:
