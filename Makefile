@@ -1,6 +1,7 @@
 # make demo   set up and run the main job      make test   set up and run all tests
 # make lint   check formatting                 make format apply it
 # make bench  time the ops beside their peers  make sanitize  run the CPU kernels under sanitizers
+# make docs   the reference from the docstrings, in build/docs
 # make fuzz   load tens of thousands of hostile adapter files     make readme-check  compare README with the results
 # make cuda-check  compile the CUDA kernels for every target, and run them block by block on the CPU (part of make test)
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py
 
-.PHONY: demo test lint format bench sanitize cuda-check fuzz readme-check clean
+.PHONY: demo test lint format bench sanitize cuda-check fuzz readme-check docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dts-fast demo $(ARGS)
@@ -40,6 +41,10 @@ fuzz: $(VENV)/.installed
 
 readme-check: $(VENV)/.installed
 	$(BIN)/python bench/readme.py --check
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt "pdoc>=15"
+	$(BIN)/pdoc -o build/docs dts_fast
 
 cuda-check: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_cuda.py $(ARGS)

@@ -43,7 +43,8 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | 
 step build env DTS_FAST_BUILD=cuda MAX_JOBS=12 "$python" setup.py -q build_ext --inplace
 # In processes of their own where pytest-xdist is there: most of the time goes to compiling.
 workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n 12")
-step test "$python" -m pytest -q --maxfail=30 $workers tests/test_gpu.py tests/test_ops.py tests/test_triton.py \
+step test "$python" -m pytest -q --maxfail=30 $workers tests/test_gpu.py tests/test_gpu_model.py tests/test_ops.py \
+  tests/test_triton.py \
   tests/test_nn.py -k "not test_every_configuration_compiles"
 step sanitize sanitize
 step tune "$python" bench/tune_triton.py --minutes 3 --out "$out"

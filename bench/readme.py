@@ -1,4 +1,4 @@
-"""Fill the tables of README.md and docs/kernels.md from committed results; with --check, fail where they differ.
+"""Fill the tables of README.md and of pages in docs/ from committed results; with --check, fail where they differ.
 
 python bench/readme.py [--check]
 """
@@ -121,6 +121,28 @@ _CANDIDATES = {
     "PEFT LoRA, equal bytes": "PEFT LoRA, equal bytes",
     "delta materialised": "delta materialised",
 }
+
+
+def overheads() -> str:
+    """The first look at `ops`: base and delta in one layer, beside PEFT's LoRA of equal rank."""
+    head, rows = _read("ops.jsonl")
+    mine = [row for row in rows if row["question"] == "single" and row["dtype"] == "bfloat16"]
+    sizes = sorted({row["m"] for row in mine})
+    out = ["| rows of a batch |" + "".join(f" {m} |" for m in sizes), "|---" * (len(sizes) + 1) + "|"]
+    for model in ("Llama-3.1-8B", "Qwen2.5-0.5B"):
+        for candidate in ("DTSLinear", "DTSLinear, prepacked", "PEFT LoRA, equal rank"):
+            cells = []
+            for m in sizes:
+                at = [r["ratio"] for r in mine if (r["model"], r["candidate"], r["m"]) == (model, candidate, m)]
+                cells.append(f"{geometric_mean(at):.2f}")
+            label = f"**{candidate}**" if candidate.startswith("DTS") else candidate
+            out.append(f"| {model}: {label} | " + " | ".join(cells) + " |")
+    out += [
+        "",
+        "bfloat16, an adapter at 1 % of the base, geometric mean over the model's linear layers; *prepacked* keeps the "
+        f"base's weight in the kernels' order (`prepack=True`). ({hardware(head['header'])}; [bench/results/ops.jsonl](bench/results/ops.jsonl))",
+    ]
+    return "\n".join(out)
 
 
 def ops() -> str:
@@ -306,7 +328,8 @@ def _read(name: str) -> tuple[dict, list[dict]]:
 
 
 BLOCKS = {
-    "README.md": {"demo": demo, "fidelity": fidelity, "ablation": ablation, "model": model, "ops": ops, "mixed": mixed},
+    "README.md": {"overheads": overheads, "model": model, "demo": demo},
+    "docs/measurements.md": {"fidelity": fidelity, "ablation": ablation, "ops": ops, "mixed": mixed},
     "docs/kernels.md": {"floors": floors, "machine-code": machine_code},
 }
 
@@ -319,7 +342,9 @@ def main() -> None:
         page = ROOT / name
         text = old = page.read_text(encoding="utf-8")
         for block, render in blocks.items():
-            new = f"<!-- {block} -->\n{render()}\n<!-- /{block} -->"
+            # Links are relative to the page.
+            text_of_block = render() if page.parent == ROOT else render().replace("](bench/", "](../bench/")
+            new = f"<!-- {block} -->\n{text_of_block}\n<!-- /{block} -->"
             text = re.sub(rf"<!-- {block} -->.*?<!-- /{block} -->", lambda _, new=new: new, text, flags=re.DOTALL)
         if check and text != old:
             sys.exit(f"{name} differs from the committed results; run python bench/readme.py")

@@ -93,10 +93,11 @@ class route:  # noqa: N801 (used like a function)
     def __exit__(self, *exception: object) -> None:
         # What was entered within and not left (an interrupt between a model's hooks) goes too.
         stack = _ROUTES.stack
-        while stack and stack[-1] is not self:
+        if not any(entered is self for entered in stack):
+            return  # it went with one that was entered before
+        while stack[-1] is not self:
             stack.pop().dropped()
-        if stack:
-            stack.pop()
+        stack.pop()
 
     def dropped(self) -> None:
         """Called for a route that is left without its own `__exit__`."""

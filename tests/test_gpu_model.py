@@ -1,0 +1,147 @@
+"""Models on a GPU: loads on streams of their own beside running calls, eviction, and graphs that serve all adapters."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from conftest import write_checkpoint
+from torch import nn
+
+from dts_fast import DTSConfig, DTSModel, compress, ops, reference
+from dts_fast.bank import Bank
+from dts_fast.codes import PageLayout, to_pages
+from dts_fast.fit import fit
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+NAMES = "abcd"
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(64, 128), nn.LayerNorm(128)
+        self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(6))
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(self.norm(x)).relu()
+        return x
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder, base = tmp_path_factory.mktemp("gpu"), Net()
+    write_checkpoint(folder / "base", base.state_dict())
+    torch.save(base.state_dict(), folder / "base.pt")
+    for name in NAMES:
+        tuned = {n: p + 0.1 * torch.randn_like(p) for n, p in base.state_dict().items()}
+        write_checkpoint(folder / f"tuned_{name}", tuned)
+        compress(folder / "base", folder / f"tuned_{name}", folder / name, DTSConfig(rank=20))
+    return folder
+
+
+def make_model(folder, **settings) -> DTSModel:
+    base = Net()
+    base.load_state_dict(torch.load(folder / "base.pt", weights_only=True))
+    return DTSModel(base.eval().cuda(), **settings)
+
+
+IDS = torch.arange(24).reshape(4, 6)
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> dict[str, torch.Tensor]:
+    """What the CPU computes."""
+    model = make_model(folder)
+    model.model.cpu()
+    model = DTSModel(model.model)
+    for name in NAMES:
+        model.load_adapter(folder / name, name)
+    with torch.no_grad():
+        return {name: model(IDS, adapter_names=name) for name in [*NAMES, "__base__"]}
+
+
+def close(y: torch.Tensor, truth: torch.Tensor) -> None:
+    # Float32 products through six layers; TF32 is off by default, and the delta's factors are exact in it.
+    torch.testing.assert_close(y.cpu(), truth, rtol=2e-3, atol=2e-3 * float(truth.abs().max()))
+
+
+def test_rows_of_embedding_deltas():
+    layout, bank = PageLayout(300, 70), Bank(PageLayout(300, 70).nbytes, 3)
+    for slot, rank in enumerate((20, 5)):
+        bank.load(slot, to_pages(fit(torch.randn(300, 70), rank=rank)))
+    ids, slot_ids = torch.randint(0, 300, (40,)), torch.randint(-1, 3, (40,), dtype=torch.int32)
+    truth = reference.embedding_delta(ids, layout, *bank.tensors, slot_ids, torch.float64)
+    moved = [t.cuda() for t in bank.tensors]
+    delta = ops.embedding_delta(ids.cuda(), layout, *moved, slot_ids.cuda())
+    torch.testing.assert_close(delta.cpu().double(), truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()))
+
+
+@torch.no_grad()
+def test_loading_evicting_and_mixing(folder, expected):
+    model = make_model(folder, max_adapters=2, max_rank=20, eviction="lru")
+    for name in NAMES:
+        model.load_adapter(folder / name, name)
+    for names in (["a", "b", "__base__", "a"], ["c", "d", "d", "c"], ["b"] * 4):
+        close(model(IDS.cuda(), adapter_names=names), torch.stack([expected[n][i] for i, n in enumerate(names)]))
+
+
+def test_loads_beside_running_calls(folder, expected):
+    """One thread computes without a pause on a stream of its own while another loads, replaces and deletes."""
+    model = make_model(folder, max_adapters=4, max_rank=20)
+    for name in "ab":
+        model.load_adapter(folder / name, name)
+    stop, wrong = threading.Event(), []
+
+    @torch.no_grad()
+    def serve():
+        names = ["a", "b", "b", "a"]
+        truth = torch.stack([expected[name][i] for i, name in enumerate(names)])
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not stop.is_set():
+                y = model(IDS.cuda(), adapter_names=names).cpu()
+                if not torch.allclose(y, truth, rtol=2e-3, atol=2e-3 * float(truth.abs().max())):
+                    wrong.append(float((y - truth).abs().max()))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for i in range(40):
+            model.load_adapter(folder / "cd"[i % 2], "other")
+            with torch.no_grad():
+                close(model(IDS.cuda(), adapter_names="other"), expected["cd"[i % 2]])
+            model.load_adapter(folder / "cd"[1 - i % 2], "other", replace=True)
+            model.delete_adapter("other")
+    finally:
+        stop.set()
+        thread.join(60)
+    assert wrong == []
+
+
+@torch.no_grad()
+def test_captured_graphs_serve_adapters_that_are_loaded_later(folder, expected):
+    from torch._inductor.cudagraph_trees import get_container
+
+    torch._dynamo.reset()
+    model = make_model(folder, max_adapters=2, max_rank=20, eviction="lru")
+    model.load_adapter(folder / "a", "a")
+    model.compile(mode="reduce-overhead", fullgraph=True, dynamic=False)
+    ids = IDS.cuda()
+    for _ in range(4):  # compiled, warmed up, captured
+        model(ids, adapter_names=["a", "__base__", "a", "a"])
+    graphs = get_container(0).tree_manager.new_graph_id().id
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        for name in "bcd":
+            model.load_adapter(folder / name, name)
+        for names in (["b", "__base__", "c", "b"], ["d", "a", "a", "d"], ["c"] * 4):
+            truth = torch.stack([expected[name][i] for i, name in enumerate(names)])
+            close(model(ids, adapter_names=names).clone(), truth)
+        assert get_container(0).tree_manager.new_graph_id().id == graphs + 1, "a graph was captured again"
+    finally:
+        torch.compiler.set_stance("default")
