@@ -140,7 +140,8 @@ def overheads() -> str:
     out += [
         "",
         "bfloat16, an adapter at 1 % of the base, geometric mean over the model's linear layers; *prepacked* keeps the "
-        f"base's weight in the kernels' order (`prepack=True`). ({hardware(head['header'])}; [bench/results/ops.jsonl](bench/results/ops.jsonl))",
+        f"base's weight in the kernels' order (`prepack=True`). ({hardware(head['header'])}; "
+        "[bench/results/ops.jsonl](bench/results/ops.jsonl))",
     ]
     return "\n".join(out)
 
