@@ -1,6 +1,7 @@
 # make demo   set up and run the main job      make test   set up and run all tests
 # make lint   check formatting                 make format apply it
 # make bench  time the ops beside their peers  make sanitize  run the CPU kernels under sanitizers
+# make wheels  sdist -> wheels, native and pure Python, each run in an environment of its own without a compiler
 # make docs   the reference from the docstrings, in build/docs
 # make fuzz   load tens of thousands of hostile adapter files     make readme-check  compare README with the results
 # make cuda-check  compile the CUDA kernels for every target, and run them block by block on the CPU (part of make test)
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py
 
-.PHONY: demo test lint format bench sanitize cuda-check fuzz readme-check docs clean
+.PHONY: demo test lint format bench sanitize cuda-check fuzz readme-check docs wheels clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dts-fast demo $(ARGS)
@@ -45,6 +46,21 @@ readme-check: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt "pdoc>=15"
 	$(BIN)/pdoc -o build/docs dts_fast
+
+# With another PYTHON, for that version: make wheels PYTHON=python3.13
+wheels:
+	rm -rf build/wheels && mkdir -p build/wheels
+	$(PYTHON) -m venv build/wheels/builder
+	build/wheels/builder/bin/pip install --quiet -c constraints.txt "setuptools>=77" wheel build torch pybind11 ninja numpy
+	build/wheels/builder/bin/python -m build --sdist --no-isolation --outdir build/wheels
+	for kind in native pure; do \
+	  choice=$$([ $$kind = native ] && echo cpu || echo none) && \
+	  DTS_FAST_BUILD=$$choice build/wheels/builder/bin/pip wheel --quiet --no-build-isolation --no-deps \
+	    --wheel-dir build/wheels/$$kind build/wheels/dts_fast-*.tar.gz && \
+	  $(PYTHON) -m venv build/wheels/clean-$$kind && \
+	  build/wheels/clean-$$kind/bin/pip install --quiet -c constraints.txt build/wheels/$$kind/*.whl && \
+	  (cd build/wheels && env -i HOME="$$HOME" PATH=clean-$$kind/bin clean-$$kind/bin/python ../../tests/smoke.py $$kind) || exit 1; \
+	done
 
 cuda-check: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_cuda.py $(ARGS)

@@ -81,6 +81,7 @@ def native_build() -> dict:
             include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
             define_macros=[("DTS_FAST_WITH_CUDA", None)] if cuda else [],
             extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]} if cuda else cxx,
+            extra_link_args=["-Wl,--strip-debug"] if sys.platform == "linux" else [],  # three quarters of the file
         )
 
     class BuildOrFallBack(BuildExtension):
