@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import RoutingError
-from .slots import SlotTable
+from .slots import BASE, SlotTable
 
 # One slot for all rows of a batch, or one for each; as a tensor (int32 [1] or [rows]) in graphs that are compiled once
 # for all adapters.
@@ -122,6 +122,18 @@ class route:  # noqa: N801 (used like a function)
 def current_route() -> route | None:
     """The innermost route of this thread."""
     return _ROUTES.stack[-1] if _ROUTES.stack else None
+
+
+def all_base() -> bool:
+    """Whether the current route is that of the base alone, and `current_slots` has nothing else to note or refuse: the
+    answer that has to come at once."""
+    stack = _ROUTES.stack
+    return (
+        bool(stack)
+        and stack[-1].adapter_names == BASE
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def current_slots(table: SlotTable, shape: Sequence[int], *, traceable: bool = False) -> Slots:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..bank import Arena
 from ..prepack import PackedLinear, pack_, unpack_
-from ..routing import Slots, current_slots, slot_ids
+from ..routing import Slots, all_base, current_slots, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
 from .module import for_each, has_features
@@ -89,18 +89,24 @@ class DTSLinear(BankedModule):
             return super().forward(input, *args, **kwargs)
         # What is most often asked, without the general way's questions: a small layer is done in less time than those
         # take.
+        if all_base():
+            return self._base(input)
         slots = current_slots(self.slots, input.shape, traceable=True)
         if isinstance(slots, list) and input.shape[0] == 1:
             return super().forward(input)
         return self.forward_fast(slots, for_each(slots, input))
 
+    def _base(self, input: Tensor) -> Tensor:
+        # A small layer's own call takes as long as its product: what it would do is done here.
+        layer = self._modules["base_layer"]
+        own = layer._parameters
+        plain = type(layer) is nn.Linear and not _is_hooked(layer)
+        return nn.functional.linear(input, own["weight"], own["bias"]) if plain else layer(input)
+
     def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
         layer = self._modules["base_layer"]
         if not self._touched(slots):
-            # A small layer's own call takes as long as its product: what it would do is done here.
-            own = layer._parameters
-            plain = type(layer) is nn.Linear and not _is_hooked(layer)
-            return nn.functional.linear(input, own["weight"], own["bias"]) if plain else layer(input)
+            return self._base(input)
         # Modules' attributes are looked up in several places; these are where they are. The dictionary is read once: a
         # bank that grows gets a new one.
         bank = self._modules["bank"]._buffers
