@@ -127,13 +127,11 @@ def current_route() -> route | None:
 def all_base() -> bool:
     """Whether the current route is that of the base alone, and `current_slots` has nothing else to note or refuse: the
     answer that has to come at once."""
+    # Asked first: to a graph the route's names would be constants.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
     stack = _ROUTES.stack
-    return (
-        bool(stack)
-        and stack[-1].adapter_names == BASE
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+    return bool(stack) and stack[-1].adapter_names == BASE
 
 
 def current_slots(table: SlotTable, shape: Sequence[int], *, traceable: bool = False) -> Slots:
