@@ -83,3 +83,8 @@ class Arenas:
         return {
             path: Arena(count * need.pages, min(count, _MOST_OVER_FIRST) * need.pages) for path, need in needs.items()
         }
+
+    def give_back(self, nbytes: int) -> None:
+        """Bytes of an arena that is not used after all."""
+        if self.left is not None:
+            self.left += nbytes

@@ -17,7 +17,7 @@ from .adapter_file import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Adapter, load_ad
 from .arenas import Arenas
 from .atomic import staged_directory
 from .attach import LiveModel, Owned
-from .bank import Bank, VectorTable
+from .bank import Arena, Bank, VectorTable
 from .characteristic import characteristic_of
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, DTSError
@@ -79,7 +79,7 @@ class DTSModel(nn.Module):
         self._wrappers: dict[str, DTSModule] = {}
         self._attaching = 0  # loads under way
         self._arenas = Arenas(max_adapters, max_rank, max_bytes)
-        self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._sources.__contains__)
+        self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._has_file)
         # generate() calls an encoder by itself.
         encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
         self._hooks = []
@@ -365,6 +365,10 @@ class DTSModel(nn.Module):
         """Bytes in memory: ``base`` (the model's own parameters, each once), ``adapters`` by name (what each uses of
         pages and rows; mixtures use their members' pages, evicted ones nothing), and ``reserved``: the arenas and
         tables, with what is free in them, and tensors that are stored whole."""
+        with self.slots.loading:
+            return self._memory()
+
+    def _memory(self) -> dict[str, object]:
         wrappers = list(self._wrappers.values())
         tables = {id(m): m for w in wrappers for m in w.modules() if isinstance(m, (Bank, VectorTable))}.values()
         # Tied layers hold the same tensors.
@@ -419,7 +423,8 @@ class DTSModel(nn.Module):
     ) -> Iterator[None]:
         """A route whose adapters stay what they are until it ends; without names, that of an outer one or of the
         active adapter."""
-        outer = current_route()
+        while isinstance(outer := current_route(), _BatchRoute) and outer.lease.table is self.slots:
+            outer.__exit__()  # of a call of the bare model that was interrupted: its hooks did not run
         if adapter_names is None and outer is not None:
             if outer.lease is not None and outer.lease.table is self.slots:
                 yield
@@ -434,6 +439,9 @@ class DTSModel(nn.Module):
                 yield
         finally:
             self.slots.end_lease(slots.values())
+
+    def _has_file(self, name: str) -> bool:
+        return name in self._sources
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -503,17 +511,17 @@ class DTSModel(nn.Module):
             self._sources[name], self.adapter_configs[name] = source, adapter.config
 
         with self.slots.loading:
-            left = self._arenas.left
-            new = self._wrap(owned)
             self._attaching += 1
+        new: dict[str, DTSModule] = {}
         try:
+            with self.slots.loading:
+                new = self._wrap(owned)
             parts = [(self._wrappers[path], p) for path, p in owned.items()]
             self._residency.load(name, parts, publish, replace=replace, keep=keep, wanted=wanted)
         except BaseException:
             with self.slots.loading:
                 if self._attaching == 1:  # or another thread may be about to load into them
                     self._unwrap(new)
-                    self._arenas.left = left
             raise
         finally:
             with self.slots.loading:
@@ -522,7 +530,15 @@ class DTSModel(nn.Module):
     def _wrap(self, owned: Owned) -> dict[str, DTSModule]:
         """Put wrappers in the place of layers that an adapter is the first to change; returns these."""
         new = {path: parameters for path, parameters in owned.items() if path not in self._wrappers}
+        left = self._arenas.left
         arenas = self._arenas.of(self._live.modules, new)
+        try:
+            return self._wrap_in(owned, new, arenas)
+        except BaseException:
+            self._arenas.left = left
+            raise
+
+    def _wrap_in(self, owned: Owned, new: Owned, arenas: Mapping[str, Arena]) -> dict[str, DTSModule]:
         made, slow = {}, []
         for path, parameters in new.items():
             # Heads that come whole with an adapter are not the base's to compute with.
@@ -546,12 +562,14 @@ class DTSModel(nn.Module):
         return made
 
     def _unwrap(self, made: Mapping[str, DTSModule]) -> None:
-        """Take wrappers that hold nothing away again."""
+        """Take wrappers that hold nothing away again, and give back what of a fixed memory they took."""
         for path, wrapper in made.items():
             names, slots = wrapper.base_shapes(), range(self.slots.capacity)
             if not any(wrapper.changes(slot, name) for slot in slots for name in names):
                 del self._wrappers[path]
-                self._live.put(path, wrapper.base_layer)
+                self._live.put(path, wrapper.bare_layer())
+                if isinstance(wrapper, BankedModule):
+                    self._arenas.give_back(wrapper.bank.pages.nbytes)
         self.model = self._live.root
 
     def _share_banks(self, owned: Owned, new: Collection[str]) -> None:

@@ -195,7 +195,7 @@ class Residency:
             if table.free + len(slots) > 0 and fits(slots):
                 # What a call has taken since stays, and room is looked for again.
                 gone = all(table.evict(n, self.clear, pinned=n == name) for n in going)
-                return table.reserve() if gone else None
+                return table.reserve() if gone else self._room(name, keep, fits)
         later = list(dict.fromkeys([*removable.values(), *own.values(), *table.retiring]))
         if table.free + len(later) > 0 and fits(later):
             return None

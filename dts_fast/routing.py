@@ -173,10 +173,11 @@ def current_slots(table: SlotTable, shape: Sequence[int], *, traceable: bool = F
     return slots[0] if len(set(slots)) == 1 else slots
 
 
-def narrowed(rows: Sequence[int]) -> route:
+def narrowed(rows: Sequence[int], batch: int) -> route:
     """A route for some rows of the current batch, for layers inside a part of it."""
     current = current_route()
-    names = [current.adapter_names[row] for row in rows]
+    of_all = current.names_for(batch)
+    names = [of_all[row] for row in rows]
     part = route(names, flattened=current.flattened, lease=current.lease)
     part.of_model = current.of_model
     return part

@@ -137,3 +137,35 @@ def test_inputs_that_all_rows_share(tmp_path):
     for got, expected in zip(compiled, eager, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1
+
+
+class ReadsWeights(torch.nn.Module):
+    """Asks a layer's weight for its dtype, as T5 does, and computes with another's, as Mamba does."""
+
+    def __init__(self, computes: bool):
+        super().__init__()
+        self.first, self.second, self.computes = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), computes
+
+    def forward(self, x):
+        x = self.first(x.to(self.first.weight.dtype))
+        return x @ self.second.weight.t() if self.computes else self.second(x)
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_weights_that_a_compiled_model_reads(tmp_path, computes):
+    base = ReadsWeights(computes).eval()
+    write_checkpoint(tmp_path / "base", base.state_dict())
+    tuned = {n: p + 0.2 * torch.randn_like(p) for n, p in base.state_dict().items()}
+    write_checkpoint(tmp_path / "tuned", tuned)
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(rank=4))
+    model = DTSModel.from_pretrained(base, tmp_path / "a", "a", max_rank=4)
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        eager = model(x)
+        assert not torch.allclose(eager, model(x, adapter_names="__base__"))
+        model.compile(backend="aot_eager", fullgraph=True)
+        if computes:
+            with pytest.raises(Exception, match="meta"):  # refused, not computed with the base's
+                model(x)
+        else:
+            torch.testing.assert_close(model(x), eager, rtol=1e-5, atol=1e-5)

@@ -548,3 +548,46 @@ def test_parameters_of_the_general_way_are_copies():
     before = layer.dense_parameters(0)["weight"]
     codes.zero_()
     assert torch.equal(layer.dense_parameters(0)["weight"], before)
+
+
+def test_what_goes_past_python_does_not_get_the_bases_weight():
+    wrapper, dense = both(nn.Linear(12, 10))
+    x = torch.randn(3, 12)
+
+    @torch.jit.script
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight.t()
+
+    with torch.no_grad(), route("a"):
+        expected = linear(x, dense["a"]["weight"])
+        torch.testing.assert_close(product(x, wrapper.weight), expected)
+        torch.testing.assert_close(linear(x, torch.as_tensor(wrapper.weight)), expected)
+        read = wrapper.weight
+        assert read.data_ptr() == read.personal().data_ptr() != wrapper.base_layer.weight.data_ptr()
+        with pytest.raises(RoutingError, match="not to be written to"):
+            wrapper.weight.add_(1)
+        with pytest.raises(RoutingError, match="not to be written to"):
+            wrapper.weight.data = torch.zeros(10, 12)
+
+
+def test_rows_of_a_route_that_stands_for_several_each():
+    layer = DTSLinear(nn.Linear(12, 10))
+    whole = {name: torch.randn(10, 12) for name in "ab"}
+    for name, weight in whole.items():
+        layer.load_adapter(name, weight=weight)
+    x = torch.randn(4, 12)
+    with torch.no_grad(), route(["a", "b"], expandable=True):
+        y = layer(x)
+    expected = torch.stack([linear(row, whole["aabb"[i]], layer.base_layer.bias) for i, row in enumerate(x)])
+    torch.testing.assert_close(y, expected)
+
+
+def test_experts_are_refused_in_mixed_batches_whatever_the_number_of_tokens():
+    layer = wrap(nn.Linear(12, 10), SlotTable(3), "model.layers.0.mlp.experts.3.up_proj")
+    dense = two_adapters(layer)
+    x = torch.randn(2, 12)
+    with torch.no_grad(), route("a"):
+        torch.testing.assert_close(layer(x), linear(x, dense["a"]["weight"], dense["a"]["bias"]))
+    with pytest.raises(RoutingError, match="tokens from any row"), route(["a", "b"]):
+        layer(x)
+    assert not wrap(nn.Linear(3, 3), SlotTable(1), "layers.0.mlp.shared_expert.up_proj").gathers

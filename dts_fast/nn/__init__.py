@@ -13,6 +13,8 @@ A wrapper holds the original layer as ``base_layer`` and answers for its attribu
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from ..bank import Arena
@@ -29,6 +31,9 @@ __all__ = ["BankedModule", "DTSConv", "DTSEmbedding", "DTSLinear", "DTSModule", 
 
 # Tables that are looked up with [query, key] distances: their input has no batch dimension, whatever its size.
 _RELATIVE_POSITIONS = ("relative_attention_bias", "relative_position_bias", "rel_embeddings")
+
+# Layers of experts, in the field's usual names: experts.0.up_proj, experts.expert_0.wi.
+_OF_EXPERTS = re.compile(r"(^|\.)experts?[._]")
 
 
 def wrap(
@@ -54,4 +59,5 @@ def wrap(
         wrapper = DTSNorm(layer, slots=slots)
     else:
         wrapper = DTSModule(layer, slots=slots)
+    wrapper.gathers = _OF_EXPERTS.search(path) is not None
     return wrapper

@@ -66,8 +66,9 @@ class BankedModule(DTSModule):
             if name == "bias":
                 found[name] = self.biases.deltas[slot]
                 continue
-            listed = self.bank.slot_pages[slot] >= 0
-            pages, weights = self.bank.pages[self.bank.slot_pages[slot][listed].long()], self.bank.slot_weights[slot]
+            arena, slot_pages, slot_weights = self.bank.tensors
+            listed = slot_pages[slot] >= 0
+            pages, weights = arena[slot_pages[slot][listed].long()], slot_weights[slot]
             if len(pages):
                 found[name] = self._from_pages(from_pages(self.layout, pages, weights[listed]))
         return found

@@ -92,8 +92,10 @@ class DTSLinear(BankedModule):
         if all_base():
             return self._base(input)
         slots = current_slots(self.slots, input.shape, traceable=True)
-        if isinstance(slots, list) and input.shape[0] == 1:
-            return super().forward(input)
+        if not isinstance(slots, int):
+            self.refuse_gathered(slots)
+            if isinstance(slots, list) and input.shape[0] == 1:
+                return super().forward(input)
         return self.forward_fast(slots, for_each(slots, input))
 
     def _base(self, input: Tensor) -> Tensor:

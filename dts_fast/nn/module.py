@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..codes import Delta, LowRankDelta, owned
-from ..errors import BaseMismatchError, DTSError, RoutingError
+from ..errors import BaseMismatchError, DTSError, RoutingError, UnknownAdapterError
 from ..mixture import mix
 from ..routing import Slots, current_route, current_slots, named_slots, narrowed
 from ..slots import BASE, SlotTable
@@ -37,6 +37,8 @@ class DTSModule(nn.Module):
         self.slots = slots or SlotTable(max_adapters)
         # Whether the first dimension of the input is the batch: what tells its rows apart.
         self.batch_first = True
+        # Whether it is given rows that were gathered from anywhere in a batch (experts).
+        self.gathers = False
         # slot -> parameter name -> delta, or the tensor that stands in the parameter's place
         self.stored: dict[int, dict[str, Parameter]] = {}
 
@@ -198,6 +200,7 @@ class DTSModule(nn.Module):
         slots = current_slots(self.slots, shape)
         if isinstance(slots, int):
             return self._forward_one(slots, args, kwargs)
+        self.refuse_gathered(slots)
         if not self.batch_first:
             raise RoutingError(
                 f"a {type(self.base_layer).__name__} whose input has no rows for the batch (a table of relative "
@@ -205,6 +208,19 @@ class DTSModule(nn.Module):
                 "it (--exclude)."
             )
         return self.forward_mixed(slots, shape, args, kwargs)
+
+    def refuse_gathered(self, slots: Slots) -> None:
+        """Refuse rows that differ where it cannot be told which row is whose.
+
+        Raises:
+            RoutingError: a layer of experts, in a batch (or compiled for batches) whose rows differ.
+        """
+        if self.gathers and not isinstance(slots, int):
+            raise RoutingError(
+                f"a {type(self.base_layer).__name__} of an expert gets tokens from any row, so that adapters cannot "
+                "differ from row to row; run these adapters in separate batches, or compress without experts "
+                "(--exclude)."
+            )
 
     def forward_mixed(self, slots: list[int], shape: torch.Size, args, kwargs):
         """Forward where rows differ; one slot for each row of the batch."""
@@ -227,7 +243,7 @@ class DTSModule(nn.Module):
             least = 2 if isinstance(self.base_layer, nn.Embedding) else 1
             part = map_rows(lambda t, index=index: t[index.to(t.device)], rows, args, kwargs, least)
             part_slots = [slots[row] for row in members]
-            with narrowed(members):
+            with narrowed(members, batch):
                 if part_slots[0] in self.stored:
                     result = self._forward_one(part_slots[0], *part)
                 else:
@@ -265,22 +281,31 @@ class DTSModule(nn.Module):
 
 class ReadParameter(Tensor):
     """A base layer's parameter as code finds it that reads ``layer.weight`` and does not call the layer: what it says
-    of itself (dtype, device, shape) is the base's; where it is computed with, it is the current adapter's.
+    of itself (dtype, device, shape) is the base's; where it is computed with, it is the current adapter's. It has no
+    memory of its own, so that nothing can compute with the base's by mistake.
 
     Raises:
-        RoutingError: where it is computed with and the rows of the batch differ.
+        RoutingError: where it is computed with and the rows of the batch differ, or where it is written to.
     """
 
     @staticmethod
     def of(parameter: nn.Parameter, wrapper: DTSModule, name: str) -> Tensor:
         """The parameter itself where no adapter of the current route changes it."""
-        if torch.compiler.is_compiling() or (current_route() is None and wrapper.slots.active == BASE):
+        if torch.compiler.is_compiling():
+            # Which adapters there will be a graph does not know: description without numbers, which no product takes.
+            return torch.empty_like(parameter, device="meta")
+        if current_route() is None and wrapper.slots.active == BASE:
             return parameter
-        slots = named_slots(wrapper.slots)
+        try:
+            slots = named_slots(wrapper.slots)
+        except UnknownAdapterError:
+            return parameter  # outside of calls, and the active adapter is evicted
         if not any(wrapper.changes(slot, name) for slot in slots):
             return parameter
-        read = parameter.detach().as_subclass(ReadParameter)
-        read.origin = parameter, wrapper, name, slots
+        read = Tensor._make_wrapper_subclass(
+            ReadParameter, parameter.size(), dtype=parameter.dtype, device=parameter.device
+        )
+        read.origin, read.found = (wrapper, name, slots), None
         return read
 
     @classmethod
@@ -289,26 +314,33 @@ class ReadParameter(Tensor):
         if (function.__self__.__name__ if name == "__get__" else name) in _TELLS_NO_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
+        if name == "__set__" or (name.endswith("_") and not name.endswith("__") and isinstance(args[0], cls)):
+            raise RoutingError("an adapter's parameter is not to be written to; write to base_layer's.")
+        return cls.__torch_dispatch__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         args, kwargs = pytree.tree_map(lambda t: t.personal() if isinstance(t, cls) else t, (args, kwargs or {}))
         return function(*args, **kwargs)
 
     def personal(self) -> Tensor:
-        _, wrapper, name, slots = self.origin
+        wrapper, name, slots = self.origin
         if len(slots) > 1:
             raise RoutingError(
                 f"the model computes with {name!r} of a {type(wrapper.base_layer).__name__} without calling that "
                 "layer, and the rows of this batch have different ones. Run these adapters in separate batches, or "
                 "compress without it (--exclude)."
             )
-        return wrapper.dense_parameters(next(iter(slots)))[name]
+        if self.found is None:
+            self.found = wrapper.dense_parameters(next(iter(slots)))[name]
+        return self.found
 
 
 # What is asked of a parameter's description.
 _TELLS_NO_VALUES = frozenset({
     "dtype", "device", "shape", "ndim", "itemsize", "nbytes", "layout", "requires_grad", "is_leaf", "is_cuda",
     "is_meta", "is_cpu", "is_sparse", "is_quantized", "size", "dim", "numel", "nelement", "element_size", "stride",
-    "get_device", "is_contiguous", "is_floating_point", "is_complex", "data_ptr", "ndimension", "__len__",
-    "as_subclass",
+    "get_device", "is_contiguous", "is_floating_point", "is_complex", "ndimension", "__len__",
 })  # fmt: skip
 
 
