@@ -125,14 +125,15 @@ class DTSModel(nn.Module):
             AdapterFormatError, BaseMismatchError: see `load_adapter`.
             CheckpointError: the base cannot be read.
         """
-        loaded = load_adapter(adapter, mapped=True)
+        source = _Source.of(locate_adapter(adapter))
+        loaded = load_adapter(source.folder, mapped=True)
         if not isinstance(base_model, nn.Module):
             base_model = _load_base(base_model, loaded.config["model_config"], model_kwargs)
         model = cls(
             base_model, max_adapters, max_rank=max_rank, max_bytes=max_bytes, eviction=eviction, prepack=prepack
         )
         try:
-            model._attach(loaded, adapter_name, _Source.of(locate_adapter(adapter)), verify_base=verify_base)
+            model._attach(loaded, adapter_name, source, verify_base=verify_base)
         except BaseException:
             model._remove_hooks()
             raise
@@ -530,12 +531,11 @@ class DTSModel(nn.Module):
     def _wrap(self, owned: Owned) -> dict[str, DTSModule]:
         """Put wrappers in the place of layers that an adapter is the first to change; returns these."""
         new = {path: parameters for path, parameters in owned.items() if path not in self._wrappers}
-        left = self._arenas.left
         arenas = self._arenas.of(self._live.modules, new)
         try:
             return self._wrap_in(owned, new, arenas)
         except BaseException:
-            self._arenas.left = left
+            self._arenas.give_back(path for path in new if path not in self._wrappers)
             raise
 
     def _wrap_in(self, owned: Owned, new: Owned, arenas: Mapping[str, Arena]) -> dict[str, DTSModule]:
@@ -568,8 +568,7 @@ class DTSModel(nn.Module):
             if not any(wrapper.changes(slot, name) for slot in slots for name in names):
                 del self._wrappers[path]
                 self._live.put(path, wrapper.bare_layer())
-                if isinstance(wrapper, BankedModule):
-                    self._arenas.give_back(wrapper.bank.pages.nbytes)
+                self._arenas.give_back([path])
         self.model = self._live.root
 
     def _share_banks(self, owned: Owned, new: Collection[str]) -> None:

@@ -412,6 +412,18 @@ def test_a_refused_first_adapter_leaves_the_model_as_it_was(folder, expected):
     assert dict(model.model.named_children()) == layers
 
 
+def test_a_failed_load_gives_back_the_memory_of_the_layers_it_was_the_first_to_change(folder, monkeypatch):
+    model = make_model(folder, max_bytes=60_000)
+    left, layers = model._arenas.left, dict(model.model.named_children())
+    monkeypatch.setattr(bank, "pages_of", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.load_adapter(folder / "a", "a")
+    assert (model._arenas.left, dict(model.model.named_children()), model._wrappers) == (left, layers, {})
+    monkeypatch.undo()
+    model.load_adapter(folder / "a", "a")
+    assert model._arenas.left < left
+
+
 def test_a_reload_does_not_undo_what_happened_meanwhile(folder, expected, monkeypatch):
     """Another thread replaces or deletes an adapter while its file is read to load it again."""
     for meanwhile in ("replace", "delete"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..bank import Arena
 from ..codes import DeltaSum, LowRankDelta, matrix_shape, terms_of
-from ..routing import Slots, current_slots, slot_ids
+from ..routing import Slots, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
 from .module import for_each
@@ -46,7 +46,7 @@ class DTSConv(BankedModule):
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
         if self.stored or args or kwargs or input.dim() != self.base_layer.weight.dim():
             return super().forward(input, *args, **kwargs)
-        slots = current_slots(self.slots, input.shape, traceable=True)
+        slots = self.traceable_slots(input.shape)
         if isinstance(slots, list) and input.shape[0] == 1:
             return super().forward(input)
         return self.forward_fast(slots, for_each(slots, input))

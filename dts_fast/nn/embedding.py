@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bank import Arena
-from ..routing import Slots, current_route, current_slots, slot_ids
+from ..routing import Slots, current_route, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
 
@@ -34,7 +34,7 @@ class DTSEmbedding(BankedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() > 1 and not self.stored:
-            slots = current_slots(self.slots, input.shape, traceable=True)
+            slots = self.traceable_slots(input.shape)
             if not isinstance(slots, int) and input.shape[0] == 1 and self._touched(slots):
                 # Shared by all rows (position ids, say): one for each, where their adapters differ.
                 input = input.expand(len(slots), *input.shape[1:])

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..bank import Arena
 from ..prepack import PackedLinear, pack_, unpack_
-from ..routing import Slots, all_base, current_slots, slot_ids
+from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
-from .module import for_each, has_features
+from .module import for_each, has_features, is_plain
 
 
 class DTSLinear(BankedModule):
@@ -91,11 +91,9 @@ class DTSLinear(BankedModule):
         # take.
         if all_base():
             return self._base(input)
-        slots = current_slots(self.slots, input.shape, traceable=True)
-        if not isinstance(slots, int):
-            self.refuse_gathered(slots)
-            if isinstance(slots, list) and input.shape[0] == 1:
-                return super().forward(input)
+        slots = self.traceable_slots(input.shape)
+        if isinstance(slots, list) and input.shape[0] == 1:
+            return super().forward(input)
         return self.forward_fast(slots, for_each(slots, input))
 
     def _base(self, input: Tensor) -> Tensor:
@@ -118,7 +116,7 @@ class DTSLinear(BankedModule):
         weight = layer._parameters.get("weight")
         packed = type(layer) is PackedLinear
         # A layer with hooks (a user's, or accelerate's that move or offload it) must run itself, or they do not.
-        plain = (packed or (type(layer) is nn.Linear and type(weight) in _PLAIN)) and not _is_hooked(layer)
+        plain = (packed or (type(layer) is nn.Linear and is_plain(weight))) and not _is_hooked(layer)
         if plain:
             bias, own_biases = layer._parameters["bias"], None
             if self.biases is not None and self._touches_bias(slots):
@@ -141,10 +139,6 @@ class DTSLinear(BankedModule):
                 values = self.biases.values.float()
                 y = (y + (values[ids] - values[-1])).to(y.dtype)
         return y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
-
-
-# Weights as torch has them, and no subclass that holds quantised ones.
-_PLAIN = (nn.Parameter, Tensor)
 
 
 def _is_hooked(layer: nn.Module) -> bool:

@@ -209,6 +209,17 @@ class DTSModule(nn.Module):
             )
         return self.forward_mixed(slots, shape, args, kwargs)
 
+    def traceable_slots(self, shape: Sequence[int]) -> Slots:
+        """`routing.current_slots` for a layer that can do with a tensor where its model is compiled.
+
+        Raises:
+            RoutingError: see `refuse_gathered`.
+        """
+        slots = current_slots(self.slots, shape, traceable=True)
+        if not isinstance(slots, int):
+            self.refuse_gathered(slots)
+        return slots
+
     def refuse_gathered(self, slots: Slots) -> None:
         """Refuse rows that differ where it cannot be told which row is whose.
 

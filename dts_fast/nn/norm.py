@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..bank import VectorTable
 from ..codes import is_matrix
-from ..routing import Slots, current_slots, slot_ids
+from ..routing import Slots, slot_ids
 from ..slots import SlotTable
 from .module import DTSModule, Parameter, for_each, run_with, with_parameters
 
@@ -56,7 +56,7 @@ class DTSNorm(DTSModule):
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
         if self.stored or args or kwargs or input.dim() < 2 or "forward" in self.base_layer.__dict__:
             return super().forward(input, *args, **kwargs)
-        slots = current_slots(self.slots, input.shape, traceable=True)
+        slots = self.traceable_slots(input.shape)
         if isinstance(slots, list) and input.shape[0] == 1:
             return super().forward(input)
         return self.forward_fast(slots, for_each(slots, input))
