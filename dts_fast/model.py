@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +14,20 @@ from torch import Tensor, nn
 from .adapter_file import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Adapter, load_adapter, locate_adapter
 from .arenas import Arenas
 from .atomic import staged_directory
-from .attach import LiveModel, Owned
-from .bank import Arena, Bank, VectorTable
+from .attach import LiveModel
+from .bank import Bank, VectorTable
+from .batch import BatchRoute, leave_batch, main_input, tokens_a_row
 from .characteristic import characteristic_of
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, DTSError
 from .hub import push_adapter
 from .mixture import check_weights, select, similarity_weights
-from .nn import BankedModule, DTSModule, wrap
+from .nn import DTSModule
 from .prepack import PackedLinear, no_kernels
 from .residency import Residency
 from .routing import Lease, current_route, route
 from .slots import BASE, SlotTable
+from .wrapping import Wrapping
 
 DEFAULT_ADAPTER = "default"
 
@@ -69,23 +69,23 @@ class DTSModel(nn.Module):
             raise DTSError(f"prepack: {no_kernels()}. Leave prepack off.")
         if eviction not in (None, "lru"):
             raise DTSError(f"eviction: expected None or 'lru', got {eviction!r}.")
-        self.prepack = prepack
         self.model = model
         self.slots = SlotTable(max_adapters)
         self.adapter_configs: dict[str, Mapping[str, object]] = {}
         self._sources: dict[str, _Source] = {}
         # Before anything is wrapped: the checkpoint's names are those of the bare model.
         self._live = LiveModel(model)
-        self._wrappers: dict[str, DTSModule] = {}
-        self._attaching = 0  # loads under way
         self._arenas = Arenas(max_adapters, max_rank, max_bytes)
+        self._wrapping = Wrapping(self._live, self.slots, self._arenas, prepack)
+        self._wrappers = self._wrapping.wrappers
+        self._attaching = 0  # loads under way
         self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._has_file)
         # generate() calls an encoder by itself.
         encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
         self._hooks = []
         for module in {id(m): m for m in (model, encoder) if isinstance(m, nn.Module)}.values():
             self._hooks.append(module.register_forward_pre_hook(self._enter_batch, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(_leave_batch, always_call=True))
+            self._hooks.append(module.register_forward_hook(leave_batch, always_call=True))
 
     def __getattr__(self, name: str):
         # What is not an adapter's business (config, device, ...) is the model's.
@@ -296,7 +296,7 @@ class DTSModel(nn.Module):
 
     def forward(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
         """The model's forward; ``adapter_names`` gives one name for all rows, or one for each."""
-        main = _main_input(args, kwargs)
+        main = main_input(args, kwargs)
         with self._routed(adapter_names, rows=None if main is None else main.shape[0]):
             return self.model(*args, **kwargs)
 
@@ -304,7 +304,7 @@ class DTSModel(nn.Module):
     def generate(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
         """``generate`` of transformers; ``adapter_names`` as in `forward`, one name for each prompt also with beams
         or several return sequences."""
-        main = _main_input((*args, kwargs.get("inputs")), kwargs)
+        main = main_input((*args, kwargs.get("inputs")), kwargs)
         with self._routed(adapter_names, expandable=True, rows=None if main is None else main.shape[0]):
             return self.model.generate(*args, **kwargs)
 
@@ -424,7 +424,7 @@ class DTSModel(nn.Module):
     ) -> Iterator[None]:
         """A route whose adapters stay what they are until it ends; without names, that of an outer one or of the
         active adapter."""
-        while isinstance(outer := current_route(), _BatchRoute) and outer.lease.table is self.slots:
+        while isinstance(outer := current_route(), BatchRoute) and outer.lease.table is self.slots:
             outer.__exit__()  # of a call of the bare model that was interrupted: its hooks did not run
         if adapter_names is None and outer is not None:
             if outer.lease is not None and outer.lease.table is self.slots:
@@ -453,26 +453,25 @@ class DTSModel(nn.Module):
         if torch.compiler.is_compiling():
             return
         current = current_route()
-        if isinstance(current, _BatchRoute) and current.owner is module:
+        if isinstance(current, BatchRoute) and current.owner is module:
             current.__exit__()  # of a call that was interrupted: its hooks did not run
             current = current_route()
         names = self.slots.active if current is None else current.adapter_names
         lease = None if current is None else current.lease
         own = lease is not None and lease.table is self.slots
-        if isinstance(current, _BatchRoute) or (own and isinstance(names, str)):
+        if isinstance(current, BatchRoute) or (own and isinstance(names, str)):
             return
         tokens: set[int] = set()
         if not isinstance(names, str):
-            main = _main_input(args, kwargs)
+            main = main_input(args, kwargs)
             if main is None:
                 return
             names = current.names_for(main.shape[0])
-            given = [t for t in (*args, *(kwargs.get(name) for name in _MAIN_INPUTS)) if isinstance(t, Tensor)]
-            tokens = {t.shape[1] for t in given if t.dim() in (2, 3) and t.shape[0] == main.shape[0]}
+            tokens = tokens_a_row(args, kwargs, main.shape[0])
         if not own:
             slots = self._lease([names] if isinstance(names, str) else names)
             lease = Lease(self.slots, slots, self._device())
-        _BatchRoute(names, module, lease, tokens, ends=not own).__enter__()
+        BatchRoute(names, module, lease, tokens, ends=not own).__enter__()
 
     def _load_again(self, name: str, keep: Iterable[str]) -> None:
         """Load an adapter that was evicted."""
@@ -516,115 +515,19 @@ class DTSModel(nn.Module):
         new: dict[str, DTSModule] = {}
         try:
             with self.slots.loading:
-                new = self._wrap(owned)
+                new = self._wrapping.wrap(owned)
+                self.model = self._live.root
             parts = [(self._wrappers[path], p) for path, p in owned.items()]
             self._residency.load(name, parts, publish, replace=replace, keep=keep, wanted=wanted)
         except BaseException:
             with self.slots.loading:
                 if self._attaching == 1:  # or another thread may be about to load into them
-                    self._unwrap(new)
+                    self._wrapping.unwrap(new)
+                self.model = self._live.root
             raise
         finally:
             with self.slots.loading:
                 self._attaching -= 1
-
-    def _wrap(self, owned: Owned) -> dict[str, DTSModule]:
-        """Put wrappers in the place of layers that an adapter is the first to change; returns these."""
-        new = {path: parameters for path, parameters in owned.items() if path not in self._wrappers}
-        arenas = self._arenas.of(self._live.modules, new)
-        try:
-            return self._wrap_in(owned, new, arenas)
-        except BaseException:
-            self._arenas.give_back(path for path in new if path not in self._wrappers)
-            raise
-
-    def _wrap_in(self, owned: Owned, new: Owned, arenas: Mapping[str, Arena]) -> dict[str, DTSModule]:
-        made, slow = {}, []
-        for path, parameters in new.items():
-            # Heads that come whole with an adapter are not the base's to compute with.
-            whole = isinstance(parameters.get("weight"), Tensor)
-            prepack = self.prepack and not self._live.is_tied(path) and not whole
-            wrapper = wrap(self._live.modules[path], self.slots, path, arena=arenas.get(path), prepack=prepack)
-            made[path] = wrapper
-            if type(wrapper) is DTSModule and not whole and wrapper.batch_first:
-                slow.append(f"{path} ({type(self._live.modules[path]).__name__})")
-        self._wrappers.update(made)
-        self._share_banks(owned, new)
-        for path, wrapper in made.items():
-            self._live.put(path, wrapper)
-        self.model = self._live.root
-        if slow:
-            warnings.warn(
-                f"no fast path for {', '.join(slow)}: a batch runs them once for each of its adapters. To leave them "
-                "at the base, compress with --exclude.",
-                stacklevel=4,
-            )
-        return made
-
-    def _unwrap(self, made: Mapping[str, DTSModule]) -> None:
-        """Take wrappers that hold nothing away again, and give back what of a fixed memory they took."""
-        for path, wrapper in made.items():
-            names, slots = wrapper.base_shapes(), range(self.slots.capacity)
-            if not any(wrapper.changes(slot, name) for slot in slots for name in names):
-                del self._wrappers[path]
-                self._live.put(path, wrapper.bare_layer())
-                self._arenas.give_back([path])
-        self.model = self._live.root
-
-    def _share_banks(self, owned: Owned, new: Collection[str]) -> None:
-        """Layers with tied weights keep the adapters' deltas once, unless a fine-tune has untied them."""
-        for path in owned:
-            for other in self._live.tied_to(path):
-                mine, others = self._wrappers.get(path), self._wrappers.get(other)
-                if not (isinstance(mine, BankedModule) and isinstance(others, BankedModule)):
-                    continue
-                same = owned[path].get("weight") is owned.get(other, {}).get("weight")
-                if mine.bank is others.bank and not same:
-                    mine.bank = copy.deepcopy(others.bank)
-                elif mine.layout == others.layout and same and path in new and other in new:
-                    mine.bank = others.bank
-
-
-class _BatchRoute(route):
-    """The route of one call of a model, one name for each of its rows; the route it came from lies below it."""
-
-    of_model = True
-
-    def __init__(
-        self, names: str | Sequence[str], owner: nn.Module, lease: Lease, tokens: Collection[int], ends: bool
-    ) -> None:
-        super().__init__(names, flattened=tokens, lease=lease)
-        self.owner, self.ends = owner, ends
-
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
-        self.dropped()
-
-    def dropped(self) -> None:
-        if self.ends:
-            self.lease.table.end_lease(self.lease.slots.values())
-
-
-def _leave_batch(module: nn.Module, args: tuple, output: object) -> None:
-    current = current_route()
-    if isinstance(current, _BatchRoute) and current.owner is module:
-        current.__exit__()
-
-
-def _main_input(args: tuple, kwargs: Mapping[str, object]) -> Tensor | None:
-    """What a model is called with that has the batch's rows; None where that is not known."""
-    given = (*args, *(kwargs.get(name) for name in _MAIN_INPUTS))
-    return next((t for t in given if isinstance(t, Tensor)), None)
-
-
-_MAIN_INPUTS = (
-    "input_ids",
-    "inputs_embeds",
-    "decoder_input_ids",
-    "pixel_values",
-    "input_features",
-    "input_values",
-)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""What a call of a model tells of its rows: the route that layers within it ask."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from .routing import Lease, current_route, route
+
+
+class BatchRoute(route):
+    """The route of one call of a model, one name for each of its rows; the route it came from lies below it."""
+
+    of_model = True
+
+    def __init__(
+        self, names: str | Sequence[str], owner: nn.Module, lease: Lease, tokens: Collection[int], ends: bool
+    ) -> None:
+        super().__init__(names, flattened=tokens, lease=lease)
+        self.owner, self.ends = owner, ends
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self.dropped()
+
+    def dropped(self) -> None:
+        if self.ends:
+            self.lease.table.end_lease(self.lease.slots.values())
+
+
+def leave_batch(module: nn.Module, args: tuple, output: object) -> None:
+    current = current_route()
+    if isinstance(current, BatchRoute) and current.owner is module:
+        current.__exit__()
+
+
+def tokens_a_row(args: tuple, kwargs: Mapping[str, object], rows: int) -> set[int]:
+    """Lengths of the inputs that have the batch's rows: models may flatten rows and tokens to so many."""
+    given = (*args, *(kwargs.get(name) for name in _MAIN_INPUTS))
+    return {t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() in (2, 3) and t.shape[0] == rows}
+
+
+def main_input(args: tuple, kwargs: Mapping[str, object]) -> Tensor | None:
+    """What a model is called with that has the batch's rows; None where that is not known."""
+    given = (*args, *(kwargs.get(name) for name in _MAIN_INPUTS))
+    return next((t for t in given if isinstance(t, Tensor)), None)
+
+
+_MAIN_INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "decoder_input_ids",
+    "pixel_values",
+    "input_features",
+    "input_values",
+)
