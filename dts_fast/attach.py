@@ -35,11 +35,29 @@ class LiveModel:
         self._aliases = _aliases(model)
         self._names_in_checkpoint = _names_in_checkpoint(model)
         self._last: tuple[object, ...] = (None,)
+        # One that every layout of weights leaves in its place: the first, most often an embedding table.
+        owned = (
+            (module, leaf)
+            for module in self.modules.values()
+            for leaf, p in module._parameters.items()
+            if p is not None
+        )
+        self._sample = next(owned, None)
         for path, module in self.modules.items():
             if _keeps_its_weight_elsewhere(module):
                 name = f"{path}.weight"
                 self._aliases[name] = (name,)
                 self._names_in_checkpoint[name] = name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes: the device of its first parameter."""
+        if self._sample is not None:
+            module, leaf = self._sample
+            parameter = module._parameters.get(leaf)
+            if parameter is not None:
+                return parameter.device
+        return next((p.device for p in self.root.parameters()), torch.device("cpu"))
 
     def owners(self, adapter: Adapter) -> tuple[Owned, dict[str, str]]:
         """Which modules the parameters of an adapter belong to.

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from .routing import Lease, current_route, route
 
 
-class BatchRoute(route):
+class LeasedRoute(route):
+    """A route whose lease ends with it."""
+
+    def left(self) -> None:
+        self.lease.table.end_lease(self.lease.slots.values())
+
+
+class BatchRoute(LeasedRoute):
     """The route of one call of a model, one name for each of its rows; the route it came from lies below it."""
 
     of_model = True
@@ -20,13 +27,9 @@ class BatchRoute(route):
         super().__init__(names, flattened=tokens, lease=lease)
         self.owner, self.ends = owner, ends
 
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
-        self.dropped()
-
-    def dropped(self) -> None:
+    def left(self) -> None:
         if self.ends:
-            self.lease.table.end_lease(self.lease.slots.values())
+            super().left()
 
 
 def leave_batch(module: nn.Module, args: tuple, output: object) -> None:
@@ -43,8 +46,14 @@ def tokens_a_row(args: tuple, kwargs: Mapping[str, object], rows: int) -> set[in
 
 def main_input(args: tuple, kwargs: Mapping[str, object]) -> Tensor | None:
     """What a model is called with that has the batch's rows; None where that is not known."""
-    given = (*args, *(kwargs.get(name) for name in _MAIN_INPUTS))
-    return next((t for t in given if isinstance(t, Tensor)), None)
+    for value in args:
+        if isinstance(value, Tensor):
+            return value
+    for name in _MAIN_INPUTS:
+        value = kwargs.get(name)
+        if isinstance(value, Tensor):
+            return value
+    return None
 
 
 _MAIN_INPUTS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .arenas import Arenas
 from .atomic import staged_directory
 from .attach import LiveModel
 from .bank import Bank, VectorTable
-from .batch import BatchRoute, leave_batch, main_input, tokens_a_row
+from .batch import BatchRoute, LeasedRoute, leave_batch, main_input, tokens_a_row
 from .characteristic import characteristic_of
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, DTSError
@@ -25,7 +25,7 @@ from .mixture import check_weights, select, similarity_weights
 from .nn import DTSModule
 from .prepack import PackedLinear, no_kernels
 from .residency import Residency
-from .routing import Lease, current_route, route
+from .routing import Lease, check_names, current_route, route
 from .slots import BASE, SlotTable
 from .wrapping import Wrapping
 
@@ -296,8 +296,7 @@ class DTSModel(nn.Module):
 
     def forward(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
         """The model's forward; ``adapter_names`` gives one name for all rows, or one for each."""
-        main = main_input(args, kwargs)
-        with self._routed(adapter_names, rows=None if main is None else main.shape[0]):
+        with self._routed(adapter_names, main_input(args, kwargs)):
             return self.model(*args, **kwargs)
 
     @torch.no_grad()
@@ -305,7 +304,7 @@ class DTSModel(nn.Module):
         """``generate`` of transformers; ``adapter_names`` as in `forward`, one name for each prompt also with beams
         or several return sequences."""
         main = main_input((*args, kwargs.get("inputs")), kwargs)
-        with self._routed(adapter_names, expandable=True, rows=None if main is None else main.shape[0]):
+        with self._routed(adapter_names, main, expandable=True):
             return self.model.generate(*args, **kwargs)
 
     def compile(self, *args: object, **kwargs: object) -> None:
@@ -418,34 +417,28 @@ class DTSModel(nn.Module):
     def _lease(self, names: Iterable[str]) -> dict[str, int]:
         return self._residency.lease(names, self._load_again)
 
-    @contextmanager
     def _routed(
-        self, adapter_names: str | Sequence[str] | None, expandable: bool = False, rows: int | None = None
-    ) -> Iterator[None]:
+        self, adapter_names: str | Sequence[str] | None, main: Tensor | None, *, expandable: bool = False
+    ) -> AbstractContextManager[object]:
         """A route whose adapters stay what they are until it ends; without names, that of an outer one or of the
-        active adapter."""
+        active adapter. It is to be entered at once."""
         while isinstance(outer := current_route(), BatchRoute) and outer.lease.table is self.slots:
             outer.__exit__()  # of a call of the bare model that was interrupted: its hooks did not run
         if adapter_names is None and outer is not None:
             if outer.lease is not None and outer.lease.table is self.slots:
-                yield
-                return
+                return nullcontext()
             adapter_names, expandable = outer.adapter_names, expandable or outer.expandable
-        names = self.slots.active if adapter_names is None else adapter_names
-        chosen = route(names, expandable=expandable)
-        slots = self._lease([names] if isinstance(names, str) else chosen.adapter_names)
+        names = self.slots.active if adapter_names is None else check_names(adapter_names)
+        slots = self._lease([names] if isinstance(names, str) else names)
         try:
-            lease = Lease(self.slots, slots, self._device())
-            with route(names, expandable=expandable, lease=lease, rows=rows):
-                yield
-        finally:
+            lease = Lease(self.slots, slots, self._live.device)
+            return LeasedRoute(names, expandable=expandable, lease=lease, rows=None if main is None else main.shape[0])
+        except BaseException:
             self.slots.end_lease(slots.values())
+            raise
 
     def _has_file(self, name: str) -> bool:
         return name in self._sources
-
-    def _device(self) -> torch.device:
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     def _enter_batch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # What a model is called with tells the true number of rows, which its inner inputs would not: generate()
@@ -470,7 +463,7 @@ class DTSModel(nn.Module):
             tokens = tokens_a_row(args, kwargs, main.shape[0])
         if not own:
             slots = self._lease([names] if isinstance(names, str) else names)
-            lease = Lease(self.slots, slots, self._device())
+            lease = Lease(self.slots, slots, self._live.device)
         BatchRoute(names, module, lease, tokens, ends=not own).__enter__()
 
     def _load_again(self, name: str, keep: Iterable[str]) -> None:

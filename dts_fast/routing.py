@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch import is_grad_enabled as _is_grad_enabled
+from torch.compiler import is_dynamo_compiling as _is_dynamo_compiling
 
 from .errors import RoutingError
 from .slots import BASE, SlotTable
@@ -33,6 +35,9 @@ class _Routes(threading.local):
 
     def __init__(self) -> None:
         self.stack: list[route] = []
+        # Whether the innermost one is of the base alone. Kept beside it for `all_base`: while weights stream through
+        # the caches every object that a layer looks at comes from memory.
+        self.base_only = False
 
 
 _ROUTES = _Routes()
@@ -69,16 +74,12 @@ class route:  # noqa: N801 (used like a function)
         lease: Lease | None = None,
         rows: int | None = None,
     ) -> None:
-        if not isinstance(adapter_names, str):
-            adapter_names = tuple(adapter_names)
-            if not adapter_names or not all(isinstance(name, str) for name in adapter_names):
-                raise RoutingError(
-                    f"adapter_names must be one name or a non-empty list with one name for each row, got "
-                    f"{adapter_names!r}."
-                )
+        adapter_names = check_names(adapter_names)
         self.adapter_names = adapter_names
         self.expandable, self.flattened = expandable, flattened
         self.lease = lease
+        # A list is compared with the rows of each layer's input, unless a model has done so.
+        self.base_only = adapter_names == BASE or (self.of_model and set(adapter_names) == {BASE})
         # For compiled graphs, to which names would be constants.
         self.ids: Tensor | None = None
         if lease is not None:
@@ -87,7 +88,9 @@ class route:  # noqa: N801 (used like a function)
             self.ids = slot_ids(slots, rows if single and rows else len(slots), lease.device)
 
     def __enter__(self) -> route:
+        _ROUTES.base_only = False  # first: an interrupt must not leave it true
         _ROUTES.stack.append(self)
+        _ROUTES.base_only = self.base_only
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -95,12 +98,15 @@ class route:  # noqa: N801 (used like a function)
         stack = _ROUTES.stack
         if not any(entered is self for entered in stack):
             return  # it went with one that was entered before
-        while stack[-1] is not self:
-            stack.pop().dropped()
-        stack.pop()
+        _ROUTES.base_only = False
+        left = None
+        while left is not self:
+            left = stack.pop()
+            left.left()
+        _ROUTES.base_only = bool(stack) and stack[-1].base_only
 
-    def dropped(self) -> None:
-        """Called for a route that is left without its own `__exit__`."""
+    def left(self) -> None:
+        """Called once, when it is no longer in force, also where that comes without its own `__exit__`."""
 
     def names_for(self, rows: int) -> str | tuple[str, ...]:
         """One name for each of ``rows`` rows, or one for all.
@@ -119,6 +125,22 @@ class route:  # noqa: N801 (used like a function)
         )
 
 
+def check_names(adapter_names: str | Sequence[str]) -> str | tuple[str, ...]:
+    """One name, or a tuple of names.
+
+    Raises:
+        RoutingError: something else, or none at all.
+    """
+    if isinstance(adapter_names, str):
+        return adapter_names
+    names = tuple(adapter_names)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise RoutingError(
+            f"adapter_names must be one name or a non-empty list with one name for each row, got {names!r}."
+        )
+    return names
+
+
 def current_route() -> route | None:
     """The innermost route of this thread."""
     return _ROUTES.stack[-1] if _ROUTES.stack else None
@@ -127,11 +149,8 @@ def current_route() -> route | None:
 def all_base() -> bool:
     """Whether the current route is that of the base alone, and `current_slots` has nothing else to note or refuse: the
     answer that has to come at once."""
-    # Asked first: to a graph the route's names would be constants.
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    stack = _ROUTES.stack
-    return bool(stack) and stack[-1].adapter_names == BASE
+    # Compilation is asked for first: to a graph the rest would be a constant.
+    return not _is_dynamo_compiling() and _ROUTES.base_only and not _is_grad_enabled()
 
 
 def current_slots(table: SlotTable, shape: Sequence[int], *, traceable: bool = False) -> Slots:

@@ -239,6 +239,9 @@ class SlotTable:
         Raises:
             UnknownAdapterError: an unknown name.
         """
+        names = list(names)
+        if names == [BASE]:
+            return {BASE: BASE_SLOT}  # which is no one's
         with self._changed:
             slots = {}
             for name in names:
@@ -251,18 +254,21 @@ class SlotTable:
                 if slot >= 0:
                     self._leases[slot] += 1
                     self._touch(name)
-            self._own_leases.count = getattr(self._own_leases, "count", 0) + 1
+            if any(slot >= 0 for slot in slots.values()):
+                self._own_leases.count = getattr(self._own_leases, "count", 0) + 1
             return slots
 
     def end_lease(self, slots: Iterable[int]) -> None:
+        own = [slot for slot in slots if slot >= 0]
+        if not own:
+            return
         emptied = []
         with self._changed:
             self._own_leases.count -= 1
-            for slot in slots:
-                if slot >= 0:
-                    self._leases[slot] -= 1
-                    if not self._leases[slot] and slot in self._retired:
-                        emptied.append(slot)
+            for slot in own:
+                self._leases[slot] -= 1
+                if not self._leases[slot] and slot in self._retired:
+                    emptied.append(slot)
             self._notify()
         for slot in emptied:
             self._finish(slot)

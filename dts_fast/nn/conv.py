@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..bank import Arena
 from ..codes import DeltaSum, LowRankDelta, matrix_shape, terms_of
-from ..routing import Slots, slot_ids
+from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
 from .module import for_each
@@ -44,6 +44,8 @@ class DTSConv(BankedModule):
         return DeltaSum(tuple(LowRankDelta(t.u, t.s, t.v, shape) for t in terms_of(matrix)))
 
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
+        if all_base():
+            return self._base(input, *args, **kwargs)
         if self.stored or args or kwargs or input.dim() != self.base_layer.weight.dim():
             return super().forward(input, *args, **kwargs)
         slots = self.traceable_slots(input.shape)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bank import Arena
-from ..routing import Slots, current_route, slot_ids
+from ..routing import Slots, all_base, current_route, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
 
@@ -33,6 +33,8 @@ class DTSEmbedding(BankedModule):
         super().__init__(base_layer, tuple(base_layer.weight.shape), max_adapters, slots, max_rank, arena)
 
     def forward(self, input: Tensor) -> Tensor:
+        if all_base():
+            return self._base(input)
         if input.dim() > 1 and not self.stored:
             slots = self.traceable_slots(input.shape)
             if not isinstance(slots, int) and input.shape[0] == 1 and self._touched(slots):

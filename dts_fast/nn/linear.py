@@ -11,7 +11,7 @@ from ..prepack import PackedLinear, pack_, unpack_
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
-from .module import for_each, has_features, is_plain
+from .module import for_each, has_features, is_hooked, is_plain
 
 
 class DTSLinear(BankedModule):
@@ -85,23 +85,20 @@ class DTSLinear(BankedModule):
         return self._oriented(matrix)
 
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
+        if all_base():
+            layer = self._modules["base_layer"]
+            if type(layer) is nn.Linear and not (args or kwargs or is_hooked(layer)):
+                own = layer.__dict__["_parameters"]  # an attribute of a module is looked for in several places
+                return nn.functional.linear(input, own["weight"], own["bias"])
+            return self._base(input, *args, **kwargs)
         if self.stored or args or kwargs or input.dim() == 0:
             return super().forward(input, *args, **kwargs)
         # What is most often asked, without the general way's questions: a small layer is done in less time than those
         # take.
-        if all_base():
-            return self._base(input)
         slots = self.traceable_slots(input.shape)
         if isinstance(slots, list) and input.shape[0] == 1:
             return super().forward(input)
         return self.forward_fast(slots, for_each(slots, input))
-
-    def _base(self, input: Tensor) -> Tensor:
-        # A small layer's own call takes as long as its product: what it would do is done here.
-        layer = self._modules["base_layer"]
-        own = layer._parameters
-        plain = type(layer) is nn.Linear and not _is_hooked(layer)
-        return nn.functional.linear(input, own["weight"], own["bias"]) if plain else layer(input)
 
     def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
         layer = self._modules["base_layer"]
@@ -116,7 +113,7 @@ class DTSLinear(BankedModule):
         weight = layer._parameters.get("weight")
         packed = type(layer) is PackedLinear
         # A layer with hooks (a user's, or accelerate's that move or offload it) must run itself, or they do not.
-        plain = (packed or (type(layer) is nn.Linear and is_plain(weight))) and not _is_hooked(layer)
+        plain = (packed or (type(layer) is nn.Linear and is_plain(weight))) and not is_hooked(layer)
         if plain:
             bias, own_biases = layer._parameters["bias"], None
             if self.biases is not None and self._touches_bias(slots):
@@ -139,11 +136,6 @@ class DTSLinear(BankedModule):
                 values = self.biases.values.float()
                 y = (y + (values[ids] - values[-1])).to(y.dtype)
         return y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
-
-
-def _is_hooked(layer: nn.Module) -> bool:
-    hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(hooks) or "forward" in layer.__dict__
 
 
 def acts_like_linear(layer: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from ..codes import Delta, LowRankDelta, owned
 from ..errors import BaseMismatchError, DTSError, RoutingError, UnknownAdapterError
 from ..mixture import mix
-from ..routing import Slots, current_route, current_slots, named_slots, narrowed
+from ..routing import Slots, all_base, current_route, current_slots, named_slots, narrowed
 from ..slots import BASE, SlotTable
 
 Parameter = Delta | Tensor
@@ -194,7 +194,15 @@ class DTSModule(nn.Module):
         """Forward for slots that are not in ``stored``: here they change nothing."""
         return self.base_layer(*args, **kwargs)
 
+    def _base(self, *args, **kwargs):
+        """What the bare layer would return. Its own call would ask for hooks in more places, and costs a small layer as
+        much as its work."""
+        layer = self._modules["base_layer"]
+        return layer(*args, **kwargs) if is_hooked(layer) else layer.forward(*args, **kwargs)
+
     def forward(self, *args, **kwargs):
+        if all_base():
+            return self._base(*args, **kwargs)
         # A table of positions has no rows: what matters is only whether all rows of the batch agree.
         shape = batch_shape(args, kwargs) if self.batch_first else torch.Size([1])
         slots = current_slots(self.slots, shape)
@@ -358,6 +366,13 @@ _TELLS_NO_VALUES = frozenset({
 def has_features(layer: nn.Module) -> bool:
     """Whether a layer tells the sizes of a linear's weight."""
     return all(isinstance(getattr(layer, name, None), int) for name in ("in_features", "out_features"))
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether a layer does more than its class's forward when it is called (a user's hooks, or accelerate's)."""
+    own = layer.__dict__
+    hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
 
 
 def is_plain(parameter: object) -> bool:
