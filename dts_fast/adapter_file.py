@@ -215,7 +215,8 @@ def load_adapter(path: str | Path, *, verify_checksum: bool = True, mapped: bool
         raise AdapterFormatError(
             f"{folder}: the config records {len(config['errors'])} errors for {len(parameters)} parameters."
         )
-    _check_values(weights, parameters)
+    if not stored.known_finite():
+        _check_values(weights, parameters)
     return Adapter(config, parameters)
 
 
@@ -301,10 +302,13 @@ def _check_headers(
         remaining.discard(full)
         return shape
 
+    def further_term(name: str) -> re.Match[str] | None:
+        return _FURTHER_TERM.fullmatch(name) if "+" in name else None  # asked of thousands
+
     # The first term of a sum declares the shape, and comes first in this order.
-    for full in sorted(headers, key=lambda full: (_FURTHER_TERM.fullmatch(full.rpartition(".")[0]) is not None, full)):
+    for full in sorted(headers, key=lambda full: (further_term(full.rpartition(".")[0]) is not None, full)):
         name, _, part = full.rpartition(".")
-        first = _FURTHER_TERM.fullmatch(name)
+        first = further_term(name)
         if first and part in ("u_codes", "codes") and first[1] in layout:
             shapes[name] = list(layout[first[1]][1] or ())
         if part == "u_codes":
@@ -386,7 +390,8 @@ class _Stored:
         self.mapping, self.copies, self.begin = mapping, copies, 8 + size
         self.entries = json.loads(mapping[8 : self.begin])
         self.entries.pop("__metadata__", None)
-        self.parts: dict[str, tuple[int, Tensor]] = {}
+        self.parts: dict[str, Tensor] = {}
+        self.views: dict[str, Tensor] = {}
 
     @property
     def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -396,28 +401,32 @@ class _Stored:
     def attach(self) -> None:
         """Make the data there; before, nothing is allocated."""
         self.data = torch.frombuffer(self.mapping, dtype=torch.uint8)[self.begin :]
-        ends: dict[str, list[int]] = {}
-        for entry in self.entries.values():
-            first, last = entry["data_offsets"]
-            known = ends.setdefault(entry["dtype"], [first, last, 0])
-            known[:] = min(known[0], first), max(known[1], last), known[2] + last - first
-        # Where all of a dtype lie side by side, as most writers have them, they are one copy.
-        for name, (first, last, covered) in ends.items():
-            if last - first == covered:
+        of_dtype: dict[str, list[tuple[int, int, str]]] = {}
+        for name, entry in self.entries.items():
+            of_dtype.setdefault(entry["dtype"], []).append((*entry["data_offsets"], name))
+        for dtype, spans in of_dtype.items():
+            spans.sort()
+            first, last, sizes = spans[0][0], spans[-1][1], [end - begin for begin, end, _ in spans]
+            # Where all of a dtype lie side by side, as most writers have them, they are one copy, divided in one call.
+            if last - first == sum(sizes):
                 part = self.data[first:last]
-                part = part if name == "U8" and not self.copies else part.clone()
-                self.parts[name] = first, part.view(_DTYPES[name])
+                self.parts[dtype] = part if dtype == "U8" and not self.copies else part.clone().view(_DTYPES[dtype])
+                item = self.parts[dtype].element_size()
+                views = self.parts[dtype].split_with_sizes([size // item for size in sizes])
+                self.views |= zip((name for _, _, name in spans), views, strict=True)
 
     def get(self, name: str) -> Tensor:
-        entry = self.entries[name]
-        first, last = entry["data_offsets"]
-        if entry["dtype"] in self.parts:
-            start, part = self.parts[entry["dtype"]]
-            size = part.element_size()
-            if (first - start) % size == 0:
-                values = part[(first - start) // size : (last - start) // size]
-                return values if len(entry["shape"]) == 1 else values.view(entry["shape"])
-        return self.data[first:last].clone().view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+        entry, view = self.entries[name], self.views.get(name)
+        if view is None:
+            first, last = entry["data_offsets"]
+            view = self.data[first:last].clone().view(_DTYPES[entry["dtype"]])
+        return view if len(entry["shape"]) == 1 else view.view(entry["shape"])
+
+    def known_finite(self) -> bool:
+        """Whether no number is NaN or Inf; False also where that would have to be asked tensor by tensor."""
+        if len(self.views) < len(self.entries):
+            return False
+        return all(bool(part.isfinite().all()) for part in self.parts.values() if part.is_floating_point())
 
 
 def _read(stored: _Stored, name: str, kind: str, shape: tuple[int, ...] | None) -> Parameter:
@@ -454,18 +463,10 @@ def _with_sums(file: Path, parameters: Mapping[str, Parameter]) -> dict[str, Par
 
 def _check_values(file: Path, parameters: Mapping[str, Parameter]) -> None:
     """Scales and levels must be finite; every code is valid by construction."""
-    floats = {}
     for name, parameter in parameters.items():
         for part, tensor in tensors_of(name, parameter).items():
-            if tensor.dtype != torch.uint8:
-                floats[part] = tensor
-    small = [tensor for tensor in floats.values() if tensor.dtype == torch.float32 and tensor.numel() < 1 << 16]
-    large = [tensor for tensor in floats.values() if tensor.dtype != torch.float32 or tensor.numel() >= 1 << 16]
-    together = [torch.cat([tensor.reshape(-1) for tensor in small])] if small else []  # one check for thousands
-    if all(bool(torch.isfinite(tensor.float()).all()) for tensor in together + large):
-        return
-    wrong = next(part for part, tensor in floats.items() if not bool(torch.isfinite(tensor.float()).all()))
-    raise AdapterFormatError(f"{file}: {wrong!r} holds NaN or Inf; expected finite values.")
+            if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+                raise AdapterFormatError(f"{file}: {part!r} holds NaN or Inf; expected finite values.")
 
 
 def _shape_from_codes(parameter: LowRankDelta | CodedVector) -> tuple[int, ...]:

@@ -160,10 +160,12 @@ class _LiveParameters(Mapping):
     def __getitem__(self, name: str) -> Tensor | Elements:
         path, _, leaf = self.names[name].rpartition(".")
         module = self.modules[path]
+        parameter = module._parameters.get(leaf)
+        if is_plain(parameter):
+            return parameter
         if leaf == "weight" and isinstance(module, PackedLinear):
             return module
-        parameter = module._parameters.get(leaf)
-        if leaf == "weight" and has_features(module) and not is_plain(parameter):
+        if leaf == "weight" and has_features(module):
             return LinearElements(module)
         return module.get_parameter(leaf)
 

@@ -39,7 +39,7 @@ def take_fingerprint(get: Callable[[str], Tensor], names: Sequence[str]) -> str:
         Base64 of bfloat16 samples, little-endian, in the order of the sorted names.
     """
     per_tensor = _samples_per_tensor(len(names))
-    return _encode([sample(get(name), per_tensor) for name in sorted(names)])
+    return _encode([sample(get(name), per_tensor).cpu().double() for name in sorted(names)])
 
 
 def largest_fingerprint(parameters: int) -> int:
@@ -63,12 +63,13 @@ def check_fingerprint(fingerprint: str, parameters: Mapping[str, Tensor | Elemen
     expected = _samples_of(fingerprint, parameters.keys())
     found = {name: parameters[name] for name in expected}
     differing = []
+    inexact = {name for name, p in found.items() if not (isinstance(p, Tensor) or getattr(p, "exact", True))}
     for exact in (True, False):
-        names = [name for name, parameter in found.items() if getattr(parameter, "exact", True) == exact]
+        names = [name for name in found if (name in inexact) != exact]
         if not names:
             continue
         rows = torch.stack([expected[name] for name in names])
-        live = torch.stack([sample(found[name], rows.shape[1]) for name in names])
+        live = _together([sample(found[name], rows.shape[1]) for name in names])
         if exact:
             close = torch.isclose(live, rows, rtol=_RELATIVE_TOLERANCE, atol=_ABSOLUTE_TOLERANCE).all(1)
             differing += [name for name, same in zip(names, close.tolist(), strict=True) if not same]
@@ -116,13 +117,20 @@ class Elements(Protocol):
     def elements(self, positions: Tensor) -> Tensor: ...
 
 
+@torch.no_grad()
 def sample(parameter: Tensor | Elements, count: int) -> Tensor:
-    """``count`` elements at fixed positions spread over a parameter, as float64 on the CPU."""
+    """``count`` elements at fixed positions spread over a parameter, where and as it has them."""
     positions = _positions(parameter.numel(), count)
     if not isinstance(parameter, Tensor):
-        return parameter.elements(positions).cpu().double()
-    flat = parameter.detach().reshape(-1)
-    return flat.index_select(0, positions.to(flat.device)).cpu().double()
+        return parameter.elements(positions)
+    return torch.take(parameter, positions.to(parameter.device))
+
+
+def _together(samples: Sequence[Tensor]) -> Tensor:
+    """float64 ``[tensors, count]`` on the CPU; in one copy where they lie on one device, which each would wait for."""
+    if len({(each.dtype, each.device) for each in samples}) > 1:
+        samples = [each.cpu().double() for each in samples]
+    return torch.stack(list(samples)).cpu().double()
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""A delta as the rank pages of a bank: an op with a native kernel on CPUs, as it is most of loading an adapter."""
+"""Deltas as a bank and its tables hold them: ops with native kernels on CPUs, as that is most of a load."""
 
 from __future__ import annotations
 
@@ -6,13 +6,25 @@ import torch
 from torch import Tensor
 
 from . import native  # noqa: F401  (registers its kernel)
-from .codes import CodedMatrix, DeltaSum, LowRankDelta, PageLayout, num_pages, terms_of, to_pages
+from .codes import (
+    CodedMatrix,
+    CodedVector,
+    Delta,
+    DeltaSum,
+    LowRankDelta,
+    PageLayout,
+    dequantize,
+    num_pages,
+    terms_of,
+    to_pages,
+)
 
 _LIBRARY = torch.library.Library("dts_fast", "FRAGMENT")
 _LIBRARY.define(
     "write_pages_(Tensor(a!) pages, Tensor u_codes, Tensor u_levels, Tensor s, Tensor v_codes, Tensor v_levels, int n, "
     "int k) -> ()"
 )
+_LIBRARY.define("write_vector_(Tensor(a!) out, Tensor base, Tensor codes, Tensor levels) -> ()")
 
 
 def pages_of(delta: LowRankDelta | DeltaSum, out: Tensor | None = None) -> Tensor:
@@ -29,9 +41,24 @@ def pages_of(delta: LowRankDelta | DeltaSum, out: Tensor | None = None) -> Tenso
     return out
 
 
+def write_vector(out: Tensor, base: Tensor, delta: Delta) -> None:
+    """Write ``base + delta`` to ``out``, all ``[n]``: the sum in float32 (or wider), rounded once."""
+    if isinstance(delta, CodedVector) and len(delta.shape) == 1 and base.device.type == "cpu":
+        torch.ops.dts_fast.write_vector_(out, base, delta.codes, delta.levels)
+    else:
+        wide = torch.promote_types(base.dtype, torch.float32)
+        out.copy_(base.to(wide) + delta.dequantize(wide).to(base.device))
+
+
+def _write_vector_plain(out, base, codes, levels):
+    wide = torch.promote_types(base.dtype, torch.float32)
+    out.copy_(base.to(wide) + dequantize(codes, levels.to(wide), base.shape[0]))
+
+
 def _write_pages_plain(pages, u_codes, u_levels, s, v_codes, v_levels, n, k):
     u, v = CodedMatrix(u_codes, u_levels, n), CodedMatrix(v_codes, v_levels, k)
     pages.copy_(to_pages(LowRankDelta(u, s, v, (n, k))))
 
 
 _LIBRARY.impl("write_pages_", _write_pages_plain, "CompositeExplicitAutograd")
+_LIBRARY.impl("write_vector_", _write_vector_plain, "CompositeExplicitAutograd")

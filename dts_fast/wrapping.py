@@ -67,7 +67,7 @@ class Wrapping:
     def unwrap(self, made: Mapping[str, DTSModule]) -> None:
         """Take wrappers that hold nothing away again, and give back what of a fixed memory they took."""
         for path, wrapper in made.items():
-            names, slots = wrapper.base_shapes(), range(self.slots.capacity)
+            names, slots = wrapper.base_names(), range(self.slots.capacity)
             if not any(wrapper.changes(slot, name) for slot in slots for name in names):
                 del self.wrappers[path]
                 self.live.put(path, wrapper.bare_layer())

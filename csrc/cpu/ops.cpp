@@ -1,5 +1,5 @@
 // Where CPU kernels register: checks, threads, and the choice of how the base is computed. The schemas are defined in
-// Python (dts_fast/ops.py, descent.py, paging.py); a kernel named here takes precedence over the plain-torch one for
+// Python (dts_fast/ops.py, descent.py); a kernel named here takes precedence over the plain-torch one for
 // CPU tensors.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
@@ -23,14 +23,6 @@ namespace {
 
 DType dtype_of(const at::Tensor& x) {
   return x.scalar_type() == at::kFloat ? kFloat32 : x.scalar_type() == at::kHalf ? kFloat16 : kBFloat16;
-}
-
-int64_t tiles(int64_t size) { return (size + kTile - 1) / kTile; }
-
-// dts_fast/codes.py, PageLayout.nbytes.
-int64_t page_nbytes(int64_t n, int64_t k) {
-  constexpr int64_t kAlign = 128;
-  return (kVOffset + (tiles(n) + tiles(k)) * kTileBytes + kAlign - 1) / kAlign * kAlign;
 }
 
 void check_range(const at::Tensor& slot_ids, int64_t slots) {
@@ -169,43 +161,6 @@ at::Tensor embedding_delta(const at::Tensor& ids, int64_t n, int64_t k, const at
   return out;
 }
 
-void write_pages(at::Tensor& pages, const at::Tensor& u_codes, const at::Tensor& u_levels, const at::Tensor& s,
-                 const at::Tensor& v_codes, const at::Tensor& v_levels, int64_t n, int64_t k) {
-  const int64_t rank = s.dim() == 1 ? s.size(0) : -1, nbytes = page_nbytes(n, k);
-  const auto fits = [](const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
-    return t.scalar_type() == dtype && t.sizes() == sizes && t.is_contiguous();
-  };
-  expect(rank >= 0 && fits(s, at::kFloat, {rank}), "s", "contiguous float32 [r]", s);
-  const auto check = [&](const at::Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef sizes) {
-    expect(fits(t, dtype, sizes), name, "contiguous " + dtype_text(dtype) + " " + shape_text(sizes), t);
-  };
-  check(u_codes, "u_codes", at::kByte, {rank, (n + 3) / 4});
-  check(v_codes, "v_codes", at::kByte, {rank, (k + 3) / 4});
-  check(u_levels, "u_levels", at::kFloat, {4});
-  check(v_levels, "v_levels", at::kFloat, {4});
-  check(pages, "pages", at::kByte, {tiles(rank), nbytes});
-  const FileDelta delta = {
-      {u_codes.const_data_ptr<uint8_t>(), (n + 3) / 4, n, u_levels.const_data_ptr<float>()},
-      {v_codes.const_data_ptr<uint8_t>(), (k + 3) / 4, k, v_levels.const_data_ptr<float>()},
-      s.const_data_ptr<float>(),
-      rank,
-  };
-  uint8_t* const out = pages.mutable_data_ptr<uint8_t>();
-  const int64_t of_v = tiles(k), of_page = of_v + tiles(n);
-  constexpr int64_t kGrain = 1 << 9;  // tiles that are worth waking a thread for
-  at::parallel_for(0, pages.size(0) * of_page, kGrain, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t page = begin / of_page, first = begin % of_page, last = std::min(of_page, end - page * of_page);
-      uint8_t* const data = out + page * nbytes;
-      uint8_t* const u_tiles = data + kVOffset + of_v * kTileBytes;
-      if (first == 0) write_head(delta, page, data, kVOffset + of_page * kTileBytes, nbytes);
-      write_v_tiles(delta, page, first, std::min(last, of_v), data + kVOffset);
-      write_u_tiles(delta, page, std::max(first, of_v) - of_v, last - of_v, u_tiles);
-      begin = page * of_page + last;
-    }
-  });
-}
-
 void descend(at::Tensor& rows, const at::Tensor& target, const at::Tensor& gram, const at::Tensor& curvature,
              const at::Tensor& levels, int64_t sweeps) {
   const int64_t rank = rows.dim() == 2 ? rows.size(0) : -1;
@@ -242,7 +197,6 @@ TORCH_LIBRARY_IMPL(dts_fast, CPU, m) {
   m.impl("add_delta_", &add_delta_);
   m.impl("embedding_delta", &embedding_delta);
   m.impl("descend_", &descend);
-  m.impl("write_pages_", &write_pages);
 }
 
 }  // namespace dts_fast::cpu

@@ -53,7 +53,7 @@ class BankedModule(DTSModule):
         return None
 
     def fits(self, parameters: Mapping[str, Parameter], without: Collection[int] = ()) -> bool:
-        if "weight" not in parameters or not _are_deltas(parameters):
+        if self.bank.arena is None or "weight" not in parameters or not _are_deltas(parameters):
             return True
         return self.bank.fits(sum(num_pages(term.rank) for term in terms_of(parameters["weight"])), without)
 

@@ -85,23 +85,33 @@ class DTSModule(nn.Module):
         Raises:
             BaseMismatchError: an unknown parameter name, or another shape than the base's.
         """
-        own = self.base_shapes() if parameters else {}
         kind = type(self.base_layer).__name__
         for name, parameter in parameters.items():
-            if name not in own:
-                raise BaseMismatchError(f"{kind} has no parameter {name!r}; it has {', '.join(own) or 'none'}.")
-            if not isinstance(parameter, Tensor) and tuple(parameter.shape) != own[name]:
+            shape = self.base_shape(name)
+            if shape is None:
                 raise BaseMismatchError(
-                    f"parameter {name!r} of {kind}: the base has shape {list(own[name])}, the adapter "
+                    f"{kind} has no parameter {name!r}; it has {', '.join(self.base_names()) or 'none'}."
+                )
+            if not isinstance(parameter, Tensor) and tuple(parameter.shape) != shape:
+                raise BaseMismatchError(
+                    f"parameter {name!r} of {kind}: the base has shape {list(shape)}, the adapter "
                     f"{list(parameter.shape)}. Attach it to the base it was made for."
                 )
 
-    def base_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter of the base layer."""
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.base_layer.named_parameters()}
-        if has_features(self.base_layer):  # whose weight may be packed or quantised, in any shape
-            shapes["weight"] = self.base_layer.out_features, self.base_layer.in_features
-        return shapes
+    def base_names(self) -> list[str]:
+        """The names of the base layer's parameters."""
+        names = [name for name, _ in self.base_layer.named_parameters()]
+        return names if "weight" in names or not has_features(self.base_layer) else ["weight", *names]
+
+    def base_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a parameter of the base layer; None if it has no such parameter."""
+        layer = self._modules["base_layer"]
+        own = layer._parameters.get(name)
+        if not is_plain(own):
+            if name == "weight" and has_features(layer):  # packed or quantised, in any shape
+                return layer.out_features, layer.in_features
+            own = dict(layer.named_parameters()).get(name)
+        return None if own is None else tuple(own.shape)
 
     def base_kind(self, name: str) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of a parameter of the base layer; of a quantised weight, the dtype of what stands for it."""
