@@ -3,12 +3,12 @@
 # compute-sanitizer on a small case, block sizes, benches. Writes to the folder given (default: gpu_results) as it goes,
 # and goes on where it ended.
 #
-#   bench/gpu.sh [FOLDER] [STEP...]     steps: build test sanitize tune bench (all of them if none is named)
+#   bench/gpu.sh [FOLDER] [STEP...]     steps: build test sanitize shapes tune bench (all of them if none is named)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu_results}
 shift || true
-steps=${*:-build test sanitize tune bench}
+steps=${*:-build test sanitize shapes tune bench}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
@@ -47,7 +47,8 @@ step test "$python" -m pytest -q --maxfail=30 $workers tests/test_gpu.py tests/t
   tests/test_triton.py \
   tests/test_nn.py -k "not test_every_configuration_compiles"
 step sanitize sanitize
-step tune "$python" bench/tune_triton.py --minutes 3 --out "$out"
+step shapes "$python" bench/tune_cuda.py --minutes 1.5 --out "$out/decode_shapes.jsonl"
+step tune "$python" bench/tune_triton.py --minutes 2.5 --rows 64 1 16 --out "$out"
 if compgen -G "$out/sm_*.json" >/dev/null; then
   mkdir -p dts_fast/triton/tables
   cp "$out"/sm_*.json dts_fast/triton/tables/

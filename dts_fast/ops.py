@@ -22,7 +22,7 @@ _LIBRARY.define(f"packed_linear(Tensor x, Tensor weight, Tensor? bias, int out_f
 _LIBRARY.define(f"add_delta_(Tensor(a!) y, Tensor x, {_BANK}, *, bool transpose=False) -> ()")
 _LIBRARY.define(f"embedding_delta(Tensor ids, SymInt n, SymInt k, {_BANK}) -> Tensor")
 # Of csrc/cuda, called by gpu.py with checked arguments: y = x W^T + bias + delta, or y += delta without a weight.
-_LIBRARY.define(f"decode_(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, {_BANK}) -> ()")
+_LIBRARY.define(f"decode_(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, {_BANK}, int[] shape=[]) -> ()")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

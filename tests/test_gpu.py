@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from dts_fast import DTSLinear, fit, ops, route
+from dts_fast import DTSLinear, fit, gpu, ops, route
 from dts_fast.codes import to_pages
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -34,13 +37,34 @@ def close(y: torch.Tensor, truth: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("m", [1, 7, 33, 300])
+@pytest.mark.parametrize("m", [1, 7, 12, 25, 33, 300])
 def test_rows_use_their_own_adapters(dtype, m):
     layer, dense = layer_of(264, 520, dtype)
     x = torch.randn(m, 520, device="cuda").to(dtype)
     slots = [(i % 4) - 1 for i in range(m)]
     with torch.no_grad(), route(["__base__" if s < 0 else str(s) for s in slots]):
         close(layer(x), expected(x, dense, slots))
+
+
+SHAPES = re.findall(r"X\((\d+), (\d+), (\d+)\)", (Path(__file__).parents[1] / "csrc/cuda/decode.h").read_text())
+
+
+@pytest.mark.skipif(gpu.why_not_cuda() is not None, reason=f"no CUDA kernels: {gpu.why_not_cuda()}")
+@pytest.mark.parametrize("slices", [1, 2, 5])
+@pytest.mark.parametrize("shape", SHAPES, ids="-".join)
+def test_every_launch_of_the_decode_kernel_computes_the_same(shape, slices):
+    layer, dense = layer_of(264, 4104, torch.bfloat16)
+    m = 8 * int(shape[0]) - 1
+    x = torch.randn(m, 4104, device="cuda").bfloat16()
+    slots = [(i % 4) - 1 for i in range(m)]
+    ids, y = torch.tensor(slots, dtype=torch.int32, device="cuda"), torch.empty(m, 264, device="cuda").bfloat16()
+    launch = [*map(int, shape), slices]
+    torch.ops.dts_fast.decode_(y, x, layer.base_layer.weight, None, *layer.bank.tensors, ids, launch)
+    close(y, expected(x, dense, slots))
+    for _ in range(3):  # the counters are 0 again, and sums do not depend on timing
+        again = torch.empty_like(y)
+        torch.ops.dts_fast.decode_(again, x, layer.base_layer.weight, None, *layer.bank.tensors, ids, launch)
+        assert torch.equal(again, y)
 
 
 def test_a_graph_is_replayed_with_other_slots_and_adapters():

@@ -28,7 +28,10 @@ template <int kRowTiles, int kOutputTiles, int kWarps>
 struct Shared {
   static constexpr int kOutputs = 16 * kOutputTiles;
   static constexpr int kStaged = 32;  // pages whose part of U is fetched before h is there
-  float parts[kWarps][8 * kRowTiles][kOutputs + 4];
+  // Warps whose sums are here at a time: all, or half of them where that would be more than a block may have.
+  static constexpr bool kLarge = kWarps * 8 * kRowTiles * (kOutputs + 4) > 10000;
+  static constexpr int kParts = kLarge ? (kWarps + 1) / 2 : kWarps;
+  float parts[kParts][8 * kRowTiles][kOutputs + 4];
   uint32_t words[kStaged][kOutputs];
   Table tables[kStaged];
   // By row; where a row is the first with its slot: its pages are number `begin` .. `begin + count` of the batch's.
@@ -36,6 +39,7 @@ struct Shared {
   uint32_t same[32];  // rows with its slot
   int pages;          // of all distinct slots
   int exhausted;      // whether all claims have been taken
+  int last;           // whether this block is the last slice of its outputs to end
 };
 
 // The block's barriers: all of it, and what is known about the batch.
@@ -224,10 +228,10 @@ __device__ __forceinline__ void know_batch(const DecodeProblem& p, S& shared) {
 // The block's words of U, and its tables, for the first of the batch's pages: from memory before h is there.
 template <class T, int kOutputTiles, class S>
 __device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, S& shared) {
-  constexpr int kAtOnce = 4, kOutputs = 16 * kOutputTiles;
+  constexpr int kAtOnce = 4, kOutputs = 16 * kOutputTiles, kWords = (kOutputs + 31) / 32;
   const int lane = threadIdx.x & 31;
   const int begin = shared.begin[lane], count = shared.count[lane];
-  const int staged = min(shared.pages, S::kStaged), output = first + lane;
+  const int staged = min(shared.pages, S::kStaged);
   for (int q = 0; q < staged; q += kAtOnce) {
     const uint32_t* page[kAtOnce];
 #pragma unroll
@@ -237,17 +241,24 @@ __device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, 
       const int64_t entry = static_cast<int64_t>(shared.slot[row]) * p.list_length + number - shared.begin[row];
       page[i] = p.pages + __ldg(p.slot_pages + entry) * p.page_words;
     }
-    uint32_t words[kAtOnce];
+    uint32_t words[kAtOnce][kWords];
     Table tables[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      words[i] = lane < kOutputs && output < p.n ? __ldg(page[i] + p.u_tiles + output) : 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const int output = 32 * w + lane;
+        words[i][w] = output < kOutputs && first + output < p.n ? __ldg(page[i] + p.u_tiles + first + output) : 0;
+      }
       load_table<T>(page[i], kULevels, tables[i]);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (q + i >= staged) continue;
-      if (lane < kOutputs) shared.words[q + i][lane] = words[i];
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        if (32 * w + lane < kOutputs) shared.words[q + i][32 * w + lane] = words[i][w];
+      }
       if (lane == 0) shared.tables[q + i] = tables[i];
     }
   }
@@ -256,12 +267,13 @@ __device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, 
 // Chunks of k whose loads a thread has under way together: as many as its registers hold where 16 warps share a
 // multiprocessor, which then keep some 48 to 96 KiB of weights on their way.
 DTS_FAST_BOTH constexpr int ahead(int row_tiles, int output_tiles) {
+  if (row_tiles == 4) return output_tiles == 4 ? 2 : 4;
   return row_tiles == 1 && output_tiles == 1 ? 6 : 3;
 }
 
-// The block's outputs begin at `first`. Sums over this warp's part of k, an even share.
+// The block's outputs begin at `first`. Sums over this warp's part of the slice of k, an even share.
 template <class T, int kRowTiles, int kOutputTiles, int kWarps>
-__device__ __forceinline__ void base_sums(const DecodeProblem& p, int first,
+__device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int slice,
                                           float (&sums)[kOutputTiles][kRowTiles][4]) {
   constexpr int kAhead = ahead(kRowTiles, kOutputTiles);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
@@ -278,8 +290,9 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first,
     }
   }
   const int chunks = (p.k + kChunk - 1) / kChunk;
-  const int begin = static_cast<int>(static_cast<int64_t>(chunks) * warp / kWarps);
-  const int end = static_cast<int>(static_cast<int64_t>(chunks) * (warp + 1) / kWarps);
+  const int part = slice * kWarps + warp, parts = p.slices * kWarps;
+  const int begin = static_cast<int>(static_cast<int64_t>(chunks) * part / parts);
+  const int end = static_cast<int>(static_cast<int64_t>(chunks) * (part + 1) / parts);
   uint4 w[kAhead][kOutputTiles][2] = {}, xs[kAhead][kRowTiles] = {};
   const auto load = [&](int i, int chunk) {
     const int k = chunk * kChunk;
@@ -316,18 +329,19 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first,
   }
 }
 
-// Adds h U^T for the block's outputs: every distinct slot's pages once, dealt out to the warps by slot and place, so
-// that a row's sums are added in the same order whatever the other rows use.
+// Adds h U^T for the block's outputs: every distinct slot's pages once, dealt out to the warps of all slices by slot
+// and place, so that a row's sums are added in the same order whatever the other rows use.
 template <class T, int kRowTiles, int kOutputTiles, int kWarps, class S>
-__device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, const S& shared,
+__device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, int slice, const S& shared,
                                             float (&sums)[kOutputTiles][kRowTiles][4]) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
+  const int part = slice * kWarps + warp, parts = p.slices * kWarps;
   const int64_t width = static_cast<int64_t>(kRanks) * p.list_length;
   uint32_t left = __ballot_sync(0xffffffff, shared.count[lane] > 0);
   for (; left; left &= left - 1) {
     const int row = __ffs(left) - 1, slot = shared.slot[row], count = shared.count[row];
     const uint32_t same = shared.same[row];
-    for (int l = (warp + kWarps - slot % kWarps) % kWarps; l < count; l += kWarps) {
+    for (int l = (part + parts - slot % parts) % parts; l < count; l += parts) {
       uint2 hs[kRowTiles] = {};
 #pragma unroll
       for (int j = 0; j < kRowTiles; ++j) {
@@ -366,14 +380,50 @@ __device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, c
   }
 }
 
-// What one block does. Grid: blocks of 16 kOutputTiles outputs. Threads: kWarps warps on the base, and one beside them:
-// 8 or 16 together, so that each quarter of a multiprocessor has four, with 128 registers a thread. Rows: m <= 8
-// kRowTiles. x, weight and h are of type T, with rows of whole 16 bytes.
+// A block's sums over all of its warps, in their order: afterwards in shared.parts, which `block_sum` adds up.
+template <int kRowTiles, int kOutputTiles, int kWarps, class S>
+__device__ __forceinline__ void share_sums(S& shared, float (&sums)[kOutputTiles][kRowTiles][4]) {
+  constexpr int kParts = S::kParts;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
+  const auto each = [&](int part, auto&& function) {
+#pragma unroll
+    for (int o = 0; o < kOutputTiles; ++o) {
+#pragma unroll
+      for (int j = 0; j < kRowTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          function(shared.parts[part][8 * j + 2 * t + (i & 1)][16 * o + g + 8 * (i >> 1)], sums[o][j][i]);
+        }
+      }
+    }
+  };
+  const auto store = [](float& place, float& sum) { place = sum; };
+  if constexpr (kParts < kWarps) {
+    if (warp >= kParts && warp < kWarps) each(warp - kParts, store);
+    __syncthreads();
+    if (warp < kWarps - kParts) each(warp, [](float& place, float& sum) { sum += place; });
+    __syncthreads();
+  }
+  if (warp < kParts) each(warp, store);
+}
+
+template <class S>
+__device__ __forceinline__ float block_sum(const S& shared, int row, int output) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int part = 0; part < S::kParts; ++part) sum += shared.parts[part][row][output];
+  return sum;
+}
+
+// What one block does. Grid: blocks of 16 kOutputTiles outputs, each as many times as there are slices of k. Threads:
+// kWarps warps on the base, and one beside them: 8 or 16 together, so that each quarter of a multiprocessor has two or
+// four. Rows: m <= 8 kRowTiles. x, weight and h are of type T, with rows of whole 16 bytes.
 template <class T, int kRowTiles, int kOutputTiles, int kWarps, bool kBase>
 __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRowTiles, kOutputTiles, kWarps>& shared) {
   constexpr int kOutputs = 16 * kOutputTiles, kThreads = 32 * (kWarps + 1);
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
-  const int first = blockIdx.x * kOutputs, blocks = gridDim.x;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int place_in_n = blockIdx.x / p.slices, slice = blockIdx.x % p.slices;
+  const int first = place_in_n * kOutputs, blocks = gridDim.x;
   float sums[kOutputTiles][kRowTiles][4] = {};
   if (warp == kWarps) {
     know_batch(p, shared);
@@ -386,7 +436,7 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRow
       if (lane == 0) wait_for(p.counters + kDone, claims);
     }
   } else {
-    if constexpr (kBase) base_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, sums);
+    if constexpr (kBase) base_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, slice, sums);
     meet<kKnown>(kThreads);
     // Where rows differ there may be more to shrink than one warp of each block has done by now.
     const int exhausted = lane == 0 ? load_volatile(&shared.exhausted) : 0;
@@ -394,30 +444,44 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRow
   }
   __syncthreads();
   if (warp < kWarps) {
-    expand_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, shared, sums);
-#pragma unroll
-    for (int o = 0; o < kOutputTiles; ++o) {
-#pragma unroll
-      for (int j = 0; j < kRowTiles; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          shared.parts[warp][8 * j + 2 * t + (i & 1)][16 * o + g + 8 * (i >> 1)] = sums[o][j][i];
-        }
-      }
-    }
+    expand_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, slice, shared, sums);
   } else if (shared.pages && lane == 0) {
     // Seen. All claims of this block were taken before the barrier above, and the last block to say so finds all taken.
     const uint32_t bound = shared.pages * p.splits + blocks - 1;
     if (fetch_increment(p.counters + kDone, bound) == bound) p.counters[kClaimed] = 0;
   }
+  share_sums<kRowTiles, kOutputTiles, kWarps>(shared, sums);
   __syncthreads();
+  const int64_t slice_stride = static_cast<int64_t>(p.m) * p.n;
+  if (p.slices > 1) {
+    // As the shrink's: whoever comes last adds up all slices, in their order. The barrier hands on to thread 0 what the
+    // others have stored, and its count releases it; what it acquires the next barrier hands to all.
+    for (int i = threadIdx.x; i < p.m * kOutputs; i += kThreads) {
+      const int row = i / kOutputs, output = i % kOutputs;
+      if (first + output >= p.n) continue;
+      float* const place = p.slice_partial + slice * slice_stride + static_cast<int64_t>(row) * p.n + first + output;
+      __stcg(place, block_sum(shared, row, output));
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const uint32_t bound = p.slices - 1;
+      uint32_t* const arrivals = p.counters + kArrivals + static_cast<int64_t>(p.m) * p.list_length;
+      shared.last = fetch_increment(arrivals + place_in_n, bound) == bound;
+    }
+    __syncthreads();
+    if (!shared.last) return;
+  }
   T* const y = static_cast<T*>(p.y);
   for (int i = threadIdx.x; i < p.m * kOutputs; i += kThreads) {
     const int row = i / kOutputs, output = i % kOutputs;
     if (first + output >= p.n) continue;
     float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += shared.parts[w][row][output];
+    if (p.slices > 1) {
+      const float* const place = p.slice_partial + static_cast<int64_t>(row) * p.n + first + output;
+      for (int other = 0; other < p.slices; ++other) sum += __ldcg(place + other * slice_stride);
+    } else {
+      sum = block_sum(shared, row, output);
+    }
     T* const place_in_y = y + row * p.y_stride + first + output;
     if constexpr (kBase) {
       if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[first + output]);
@@ -431,7 +495,7 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRow
 
 #if defined(__CUDACC__)
 template <class T, int kRowTiles, int kOutputTiles, int kWarps, bool kBase>
-__global__ void __launch_bounds__(32 * (kWarps + 1), kWarps < 8 ? 2 : 1)
+__global__ void __launch_bounds__(32 * (kWarps + 1), resident_blocks(kRowTiles, kOutputTiles, kWarps))
     decode_kernel(const __grid_constant__ DecodeProblem p) {
   __shared__ Shared<kRowTiles, kOutputTiles, kWarps> shared;
   // For older targets of a build there is nothing here; dts_fast/gpu.py does not ask for it.

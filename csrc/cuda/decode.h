@@ -1,6 +1,7 @@
 // What the decode kernel is given, and how it is launched. Plain C++: neither torch nor CUDA.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 struct CUstream_st;
@@ -10,9 +11,9 @@ namespace dts_fast::cuda {
 // Counters in global memory, 0 before and after every launch; one launch at a time may use them.
 constexpr int kClaimed = 0;
 constexpr int kDone = 1;
-constexpr int kArrivals = 2;  // one for each row and each page that a slot may list
+constexpr int kArrivals = 2;  // one for each row and each page that a slot may list, then one for each slice's outputs
 
-constexpr int kMostDecodeRows = 16;
+constexpr int kMostDecodeRows = 32;
 
 struct DecodeProblem {
   const void* x;  // [m, x_stride]
@@ -31,15 +32,17 @@ struct DecodeProblem {
   const int32_t* slot_ids;    // [m]
   int list_length;
   int m, n, k;
-  int splits;          // of the shrink's sums over k
-  float* partial;      // [splits, m, 16 list_length]
-  void* h;             // [m, 16 list_length] in the type of x
-  uint32_t* counters;  // [kArrivals + m list_length]
+  int splits;            // of the shrink's sums over k
+  float* partial;        // [splits, m, 16 list_length]
+  void* h;               // [m, 16 list_length] in the type of x
+  int slices;            // of the base's sums over k, each in blocks of its own
+  float* slice_partial;  // [slices, m, n]; null for one slice
+  uint32_t* counters;    // [kArrivals + m list_length + blocks_of]
 };
 
-// The shape of a launch: tiles of 8 rows and of 16 outputs of a block, and warps that stream its weights.
+// The shape of a launch: tiles of 8 rows and of 16 outputs of a block, warps that stream its weights, and slices of k.
 struct DecodeShape {
-  int row_tiles, output_tiles, warps;
+  int row_tiles, output_tiles, warps, slices;
 };
 
 inline int64_t blocks_of(const DecodeShape& shape, int64_t n) {
@@ -47,13 +50,32 @@ inline int64_t blocks_of(const DecodeShape& shape, int64_t n) {
 }
 
 // A block for every multiprocessor where there are few outputs, with twice the warps; otherwise smaller blocks, two of
-// which share one, so that one streams while the other ends. From bytes in flight, not measured yet.
-inline DecodeShape choose_shape(int64_t m, int64_t n, int multiprocessors) {
-  const int row_tiles = m <= 8 ? 1 : 2;
-  if (blocks_of({row_tiles, 1, 15}, n) <= multiprocessors) return {row_tiles, 1, 15};
-  if (row_tiles == 1) return {1, 1, 7};
-  // Twice the outputs for as much of x, which comes from the second-level cache.
-  return blocks_of({2, 2, 15}, n) <= multiprocessors ? DecodeShape{2, 2, 15} : DecodeShape{2, 2, 7};
+// which share one, so that one streams while the other ends. Every block reads all of x from the second-level cache, so
+// more rows want more outputs of a block, and where that leaves multiprocessors idle, slices of k. A slice costs a
+// round trip to memory at the end: up to 16 rows, half of the multiprocessors are enough for all of the memory's
+// bandwidth. From bytes in flight, not measured yet.
+inline DecodeShape choose_shape(int64_t m, int64_t n, int64_t k, int multiprocessors) {
+  const int row_tiles = m <= 8 ? 1 : m <= 16 ? 2 : 4;
+  DecodeShape shape = {row_tiles, 1, 15, 1};
+  if (row_tiles == 4) {
+    shape = {4, 4, 7, 1};
+  } else if (blocks_of(shape, n) > multiprocessors) {
+    // Twice the outputs for as much of x.
+    shape = row_tiles == 1 ? DecodeShape{1, 1, 7, 1} : DecodeShape{2, 2, 15, 1};
+    if (row_tiles == 2 && blocks_of(shape, n) > multiprocessors) shape.warps = 7;
+  }
+  const int64_t blocks = blocks_of(shape, n), idle = row_tiles == 4 ? 2 : 3;
+  if (idle * blocks <= multiprocessors) {
+    constexpr int kLeast = 64;  // elements of k for each warp
+    const int64_t most = std::min<int64_t>(multiprocessors / blocks, k / (kLeast * shape.warps));
+    shape.slices = static_cast<int>(std::max<int64_t>(most, 1));
+  }
+  return shape;
+}
+
+// Blocks that share a multiprocessor; with more sums in registers than that leaves, one.
+constexpr int resident_blocks(int row_tiles, int output_tiles, int warps) {
+  return warps < 8 && row_tiles * output_tiles <= 4 ? 2 : 1;
 }
 
 // Parts of k that the shrink of a page is cut into. A function of k alone, so that h does not depend on the batch.
@@ -61,7 +83,7 @@ constexpr int kSplit = 512;
 inline int choose_splits(int64_t k) { return static_cast<int>(k < 64 * kSplit ? (k + kSplit - 1) / kSplit : 64); }
 
 // The instances that are compiled: (row tiles, output tiles, warps).
-#define DTS_FAST_DECODE_SHAPES(X) X(1, 1, 7) X(1, 1, 15) X(2, 1, 15) X(2, 2, 7) X(2, 2, 15)
+#define DTS_FAST_DECODE_SHAPES(X) X(1, 1, 7) X(1, 1, 15) X(2, 1, 15) X(2, 2, 7) X(2, 2, 15) X(4, 2, 7) X(4, 4, 7)
 
 // Launches on a stream of the current device; the error code of the launch, 0 for none (cudaError_t).
 int launch_decode(const DecodeProblem& problem, const DecodeShape& shape, bool bfloat16, CUstream_st* stream);

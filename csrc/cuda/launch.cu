@@ -7,7 +7,7 @@ namespace {
 
 template <class T, int kRowTiles, int kOutputTiles, int kWarps>
 void launch(const DecodeProblem& p, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(blocks_of({kRowTiles, kOutputTiles, kWarps}, p.n));
+  const auto blocks = static_cast<unsigned>(blocks_of({kRowTiles, kOutputTiles, kWarps, 1}, p.n) * p.slices);
   if (p.base) {
     decode_kernel<T, kRowTiles, kOutputTiles, kWarps, true><<<blocks, 32 * (kWarps + 1), 0, stream>>>(p);
   } else {

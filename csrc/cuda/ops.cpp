@@ -20,9 +20,23 @@ bool aligned(const at::Tensor& t) {
   return t.stride(1) == 1 && t.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 
+// The shape of a launch: what the sizes suggest, or what a bench wants to measure.
+DecodeShape choose(int64_t m, int64_t n, int64_t k, bool base, int multiprocessors, at::IntArrayRef wanted) {
+  DecodeShape shape = choose_shape(m, n, k, multiprocessors);
+  if (!wanted.empty()) {
+    TORCH_CHECK_VALUE(wanted.size() == 4 && 8 * wanted[0] >= m && wanted[3] >= 1 && wanted[3] <= 64,
+                      "dts_fast: shape: expected [row tiles, output tiles, warps, slices] for ", m, " rows, got ",
+                      wanted);
+    const auto number = [&](int i) { return static_cast<int>(wanted[i]); };
+    shape = {number(0), number(1), number(2), number(3)};
+  }
+  if (!base) shape.slices = 1;  // there is nothing to slice
+  return shape;
+}
+
 void decode_(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>& weight,
              const std::optional<at::Tensor>& bias, const at::Tensor& pages, const at::Tensor& slot_pages,
-             const at::Tensor& slot_weights, const at::Tensor& slot_ids) {
+             const at::Tensor& slot_weights, const at::Tensor& slot_ids, at::IntArrayRef wanted) {
   const int64_t m = x.size(0), n = y.size(1), k = x.size(1), length = slot_pages.size(1);
   expect(m <= kMostDecodeRows && k % 8 == 0 && aligned(x), "x",
          "at most " + std::to_string(kMostDecodeRows) + " rows of whole 16 bytes", x);
@@ -35,7 +49,7 @@ void decode_(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   int multiprocessors = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device()));
-  const DecodeShape shape = choose_shape(m, n, multiprocessors);
+  const DecodeShape shape = choose(m, n, k, weight.has_value(), multiprocessors, wanted);
   const int splits = choose_splits(k);
   const at::Tensor partial = at::empty({splits, m, 16 * length}, x.options().dtype(at::kFloat));
   const at::Tensor h = at::empty({m, 16 * length}, x.options());
@@ -53,7 +67,9 @@ void decode_(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>
   p.m = static_cast<int>(m), p.n = static_cast<int>(n), p.k = static_cast<int>(k);
   p.splits = splits;
   p.partial = partial.mutable_data_ptr<float>(), p.h = h.mutable_data_ptr();
-  p.counters = counters(stream, kArrivals + m * length);
+  const at::Tensor sliced = at::empty({shape.slices > 1 ? shape.slices : 0, m, n}, partial.options());
+  p.slices = shape.slices, p.slice_partial = sliced.mutable_data_ptr<float>();
+  p.counters = counters(stream, kArrivals + m * length + blocks_of(shape, n));
   const int error = launch_decode(p, shape, x.scalar_type() == at::kBFloat16, stream);
   TORCH_CHECK(error == 0, "dts_fast: decode: ", error_text(error));
 }

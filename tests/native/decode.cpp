@@ -79,12 +79,12 @@ int draw(int low, int high) { return std::uniform_int_distribution<int>(low, hig
 float normal() { return std::normal_distribution<float>()(generator); }
 
 struct Case {
-  int m, n, k, slots, list_length, splits, resident;
+  int m, n, k, slots, list_length, splits, slices, resident;
 };
 
 [[noreturn]] void fail(const char* what, const Case& c) {
-  std::printf("%s: m %d, n %d, k %d, slots %d, list %d, splits %d, resident %d\n", what, c.m, c.n, c.k, c.slots,
-              c.list_length, c.splits, c.resident);
+  std::printf("%s: m %d, n %d, k %d, slots %d, list %d, splits %d, slices %d, resident %d\n", what, c.m, c.n, c.k,
+              c.slots, c.list_length, c.splits, c.slices, c.resident);
   std::exit(1);
 }
 
@@ -129,7 +129,9 @@ void run(const Case& c) {
   const int64_t width = static_cast<int64_t>(kRanks) * c.list_length;
   std::vector<float> partial(c.splits * c.m * width + 1, NAN);
   std::vector<Bf16> h(c.m * width + 8, Bf16{0x7fc0});
-  std::vector<uint32_t> counters(kArrivals + c.m * c.list_length + 1, 0);
+  const DecodeShape shape = {kRowTiles, kOutputTiles, kWarps, kBase ? c.slices : 1};
+  std::vector<uint32_t> counters(kArrivals + c.m * c.list_length + blocks_of(shape, c.n) + 1, 0);
+  std::vector<float> slice_partial(static_cast<size_t>(shape.slices) * c.m * c.n, NAN);
   DecodeProblem p = {};
   p.x = aligned(x), p.x_stride = x_stride;
   p.base = kBase;
@@ -139,7 +141,8 @@ void run(const Case& c) {
   p.pages = first_page, p.page_words = page_words, p.u_tiles = kTiles + v_tiles * kTileWords;
   p.slot_pages = slot_pages.data(), p.slot_weights = weights.data(), p.slot_ids = ids.data();
   p.list_length = c.list_length, p.m = c.m, p.n = c.n, p.k = c.k, p.splits = c.splits;
-  const unsigned blocks = (c.n + 16 * kOutputTiles - 1) / (16 * kOutputTiles);
+  p.slices = shape.slices, p.slice_partial = slice_partial.data();
+  const auto blocks = static_cast<unsigned>(blocks_of(shape, c.n) * shape.slices);
   p.partial = partial.data(), p.h = aligned(h), p.counters = counters.data();
   using Memory = Shared<kRowTiles, kOutputTiles, kWarps>;
   const auto launch = [&] {
@@ -220,13 +223,20 @@ void run(const Case& c) {
 template <int kRowTiles, int kOutputTiles, int kWarps>
 void run_many(int count) {
   for (int i = 0; i < count; ++i) {
-    Case c = {draw(1, 8 * kRowTiles), draw(1, 100), 8 * draw(1, 60), draw(1, 4), draw(1, 4), draw(1, 4), draw(1, 3)};
+    Case c = {draw(1, 8 * kRowTiles),
+              draw(1, 100),
+              8 * draw(1, 60),
+              draw(1, 4),
+              draw(1, 4),
+              draw(1, 4),
+              draw(1, 3),
+              draw(1, 3)};
     run<kRowTiles, kOutputTiles, kWarps, true>(c);
     run<kRowTiles, kOutputTiles, kWarps, false>(c);
   }
   // Every loop more than once: refilled registers, more pages than warps and than are staged, more than one split.
   const int k = 32 * (2 * ahead(kRowTiles, kOutputTiles) * kWarps + 3) + 8;
-  const Case large = {8 * kRowTiles - 1, 33, k, 3, 2 * kWarps + 6, choose_splits(k), 2};
+  const Case large = {8 * kRowTiles - 1, 33, k, 3, 2 * kWarps + 6, choose_splits(k), 2, 2};
   run<kRowTiles, kOutputTiles, kWarps, true>(large);
 }
 
