@@ -42,6 +42,7 @@ CHOICES = {
     "shrink_block_k": (32, 64, 128, 256),
     "shrink_pages": (1, 2, 4, 8),
     "shrink_warps": (1, 2, 4, 8),
+    "together": (0, 16, 32, 64),
 }
 
 

@@ -30,10 +30,12 @@ CONFIGS = [
     Config(True, 16, 32, 64, 2, 4, shrink_block_k=32, shrink_pages=4),
     Config(True, 32, 64, 32, 8, 2, shrink_block_k=64, shrink_pages=1),
     Config(True, 64, 16, 128, 4, 16, shrink_block_k=128, shrink_pages=8),
+    Config(True, 16, 32, 32, 2, 4, shrink_block_k=32, shrink_pages=2, together=3),
+    Config(True, 32, 16, 64, 8, 1, shrink_block_k=16, shrink_pages=1, together=1),
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.block_m}x{c.block_n}x{c.block_k}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.block_m}x{c.block_n}x{c.block_k}, {c.together} together")
 @pytest.mark.parametrize("m", [1, 5, 40])
 def test_any_block_sizes_compute_the_same(config, m):
     n, k = 70, 90
@@ -113,5 +115,6 @@ def test_every_configuration_compiles_without_spills_and_with_the_instructions_m
     out, errors = compilers[capability].communicate()
     assert compilers[capability].returncode == 0, errors
     rows = [json.loads(line) for line in out.splitlines()]
-    assert {row["kernel"] for row in rows} == {"shrink_kernel", "linear_kernel", "expand_kernel"}
+    kernels = {"shrink_kernel", "linear_kernel", "together_kernel", "expand_kernel"}
+    assert {row["kernel"] for row in rows} == kernels
     assert [f"{row['kernel']} {row['dtype']} {row['config']}: {row['faults']}" for row in rows if row["faults"]] == []

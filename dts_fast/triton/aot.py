@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,14 +22,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .configs import Config, default, shared_memory, tables
-from .kernels import expand_kernel, linear_kernel, shrink_kernel
+from .kernels import expand_kernel, linear_kernel, shrink_kernel, together_kernel
 from .launch import PDL_CAPABILITY
 
 CAPABILITIES = (80, 89, 90, 100)
+_SHRINKERS = 32  # of kernels in one launch, which the rules do not choose and a bench may
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # What a layer's sizes and strides are multiples of, in every model that is worth a kernel; the launcher finds the same.
 _ALIGNED = ("x", "x_stride", "weight", "weight_stride", "bias", "y", "y_stride", "words", "floats", "page_words", "h",
-            "partial", "counters", "slot_pages", "slot_weights", "slot_ids", "N", "K", "u_offset")  # fmt: skip
+            "partial", "counters", "agreement", "slot_pages", "slot_weights", "slot_ids", "N", "K",
+            "u_offset")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def configs(capability: int) -> Iterator[tuple[torch.dtype, bool, Config]]:
                     config = default(m, n, 4096, dtype, 10, capability, dense)
                     if config.fused == dense:
                         seen.add((dtype, dense, config))
+                        if config.fused and dtype == torch.bfloat16:
+                            seen.add((dtype, True, replace(config, together=_SHRINKERS)))
     yield from sorted(seen, key=repr)
 
 
@@ -76,10 +80,9 @@ def compile_all(capability: int) -> Iterator[Compiled]:
     """Every kernel of every configuration."""
     done = set()
     for dtype, dense, config in configs(capability):
-        for kernel, transpose in (
-            (shrink_kernel, False),
-            *([(linear_kernel, False)] if dense else [(expand_kernel, False), (expand_kernel, True)]),
-        ):
+        linear = [(shrink_kernel, False), (linear_kernel, False)]
+        add_delta = [(shrink_kernel, False), (expand_kernel, False), (expand_kernel, True)]
+        for kernel, transpose in [(together_kernel, False)] if config.together else linear if dense else add_delta:
             constants, options = _settings(kernel, config, dtype, capability, transpose)
             key = kernel.__name__, dtype, tuple(constants.items()), tuple(options.items())
             if key not in done:
@@ -96,9 +99,9 @@ def faults(row: Compiled) -> list[str]:
         found.append(f"{row.shared} bytes of shared memory")
     if row.dtype != "fp32" and not row.mma:
         found.append("no matrix instructions")
-    if row.kernel == "linear_kernel" and not row.copies:
+    if row.kernel in ("linear_kernel", "together_kernel") and not row.copies:
         found.append("weights are not copied ahead")
-    if row.waits != (row.capability >= PDL_CAPABILITY):
+    if row.waits != (row.capability >= PDL_CAPABILITY and row.kernel != "together_kernel"):
         found.append("dependent launch is not what the architecture has")
     return found
 
@@ -108,7 +111,8 @@ def _settings(kernel, config: Config, dtype: torch.dtype, capability: int, trans
     known = {
         "TRANSPOSE": transpose, "WIDE": dtype == torch.float32, "PDL": capability >= PDL_CAPABILITY, "HAS_BIAS": True,
         "EVEN_K": True, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "PAGES": config.pages, "SPLITS": config.splits,
+        "PAGES": config.pages, "SPLITS": config.splits, "SHRINK_BLOCK_K": config.shrink_block_k,
+        "SHRINK_PAGES": config.shrink_pages, "SHRINKERS": config.together,
     }  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
     if kernel is shrink_kernel:
@@ -116,7 +120,7 @@ def _settings(kernel, config: Config, dtype: torch.dtype, capability: int, trans
         options = {"num_warps": config.shrink_warps}
     if kernel is expand_kernel:
         options = {"num_warps": config.warps}
-    if known["PDL"] and kernel is not shrink_kernel:
+    if known["PDL"] and kernel in (linear_kernel, expand_kernel):
         options["launch_pdl"] = True
     return {name: known[name] for name in kernel.arg_names if name in known}, options
 
@@ -125,7 +129,7 @@ def _compile(kernel, dtype, config, constants, options, capability) -> Compiled:
     element = _DTYPES[dtype]
     pointers = dict.fromkeys(("x", "weight", "bias", "y"), f"*{element}")
     pointers |= {"words": "*i32", "floats": "*fp32", "slot_pages": "*i32", "slot_weights": "*fp32", "slot_ids": "*i32"}
-    pointers |= {"h": f"*{element}", "partial": "*fp32", "counters": "*i32"}
+    pointers |= {"h": f"*{element}", "partial": "*fp32", "counters": "*i32", "agreement": "*i32"}
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in _ALIGNED}
     source = ASTSource(kernel, signature, constants, aligned)

@@ -24,6 +24,8 @@ class Config:
     Attributes:
         fused: base and delta in one kernel; otherwise torch's linear, and the delta added to its result.
         pages, warps, stages: of the kernel with the expand. splits, shrink_*: of the shrink.
+        together: shrink and base in one launch (where ``fused``), of these many programs that shrink, with the warps
+            of the rest; 0 for two launches.
     """
 
     fused: bool
@@ -37,6 +39,7 @@ class Config:
     shrink_block_k: int = 128
     shrink_pages: int = 2
     shrink_warps: int = 4
+    together: int = 0
 
 
 def tile_of(m: int) -> int:

@@ -1,4 +1,5 @@
-"""The kernels: a split-K shrink, and the base matmul with the expand behind it on the same accumulator.
+"""The kernels: a split-K shrink, and the base matmul with the expand behind it on the same accumulator; in two
+launches, or together in one.
 
 Rank pages are read as they lie in the bank (`codes.PageLayout`), through an int32 view ``words`` (codes) and a float32
 view ``floats`` (scales, levels) of the same bytes; offsets count 4-byte units. Codes are decoded in registers: a shift,
@@ -140,32 +141,21 @@ def _pages_of(slot_pages, slots, numbers, d, l0, L, PAGES: tl.constexpr):
     return slot, tl.load(slot_pages + slot * L + index, mask=(index < L) & (slot >= 0), other=-1)
 
 
-@triton.jit(do_not_specialize=["M", "L"])
-def shrink_kernel(
-    x, x_stride, words, floats, page_words, slot_pages, slot_weights, slot_ids, partial, h, counters, M, K, L, u_offset,
-    TRANSPOSE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    PAGES: tl.constexpr, SPLITS: tl.constexpr,
+@triton.jit
+def _shrink_items(
+    tile, program, programs, x, x_stride, words, floats, page_words, slot_pages, slot_weights, slot_ids, partial, h,
+    counters, M, K, L, u_offset,
+    TRANSPOSE: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """``h[m, 16 p + r] = weight s[r] sum_k x[m, k] V[k, r]`` for page p of row m's slot; the largest levels of both
-    factors are in it, too. What no page of a slot fills is not written, nor read later.
-
-    Grid: (tiles of M, programs). The programs of a tile share its items: a distinct slot, PAGES pages, a split of K.
-    Whoever is the last of an item's splits adds them up, in their order.
-
-    Args:
-        partial: float32 ``[SPLITS, M, 16 L]``. h: ``[M, 16 L]``, rounded to the type of x.
-        counters: int32 ``[tiles, BLOCK_M, ceil(L / PAGES)]``, 0 before and after.
-    """
-    if PDL:
-        # The next kernel may begin to read the base's weights; it waits for this one before it reads h.
-        tl_cuda.gdc_launch_dependents()
-    tile = tl.program_id(0)
+    """One program's share of a tile's items: a distinct slot, PAGES pages, a split of K. Whoever is the last of an
+    item's splits adds them up, in their order."""
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     slots, numbers, distinct = _distinct(slot_ids, rows, M, BLOCK_M)
     groups = tl.cdiv(L, PAGES)
     span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
     inside, column = tl.arange(0, 16), tl.arange(0, PAGES * 16)
-    for item in range(tl.program_id(1), distinct * groups * SPLITS, tl.num_programs(1)):
+    for item in range(program, distinct * groups * SPLITS, programs):
         split = item % SPLITS
         group = item // SPLITS % groups
         d = item // SPLITS // groups
@@ -218,30 +208,64 @@ def shrink_kernel(
                     tl.store(counter, 0)
 
 
+@triton.jit(do_not_specialize=["M", "L"])
+def shrink_kernel(
+    x, x_stride, words, floats, page_words, slot_pages, slot_weights, slot_ids, partial, h, counters, M, K, L, u_offset,
+    TRANSPOSE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAGES: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """``h[m, 16 p + r] = weight s[r] sum_k x[m, k] V[k, r]`` for page p of row m's slot; the largest levels of both
+    factors are in it, too. What no page of a slot fills is not written, nor read later.
+
+    Grid: (tiles of M, programs).
+
+    Args:
+        partial: float32 ``[SPLITS, M, 16 L]``. h: ``[M, 16 L]``, rounded to the type of x.
+        counters: int32 ``[tiles, BLOCK_M, ceil(L / PAGES)]``, 0 before and after.
+    """
+    if PDL:
+        # The next kernel may begin to read the base's weights; it waits for this one before it reads h.
+        tl_cuda.gdc_launch_dependents()
+    _shrink_items(
+        tl.program_id(0), tl.program_id(1), tl.num_programs(1), x, x_stride, words, floats, page_words, slot_pages,
+        slot_weights, slot_ids, partial, h, counters, M, K, L, u_offset, TRANSPOSE, WIDE, BLOCK_M, BLOCK_K, PAGES,
+        SPLITS,
+    )  # fmt: skip
+
+
 @triton.jit
 def _hidden(h, rows, slots, slot, page, l0, L, PAGES: tl.constexpr):
     """h of the rows with a slot, for PAGES of its pages: ``[BLOCK_M, PAGES * 16]``, zero elsewhere."""
     column = tl.arange(0, PAGES * 16)
     filled = tl.reshape(tl.broadcast_to((page >= 0)[:, None], (PAGES, 16)), (1, PAGES * 16))
     at = rows[:, None].to(tl.int64) * (L * 16) + l0 * 16 + column[None, :]
-    return tl.load(h + at, mask=(slots == slot)[:, None] & filled, other=0.0)
+    # Not through the first-level cache, which knows nothing of what other programs have just written.
+    return tl.load(h + at, mask=(slots == slot)[:, None] & filled, other=0.0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["M", "L"])
-def linear_kernel(
-    x, x_stride, weight, weight_stride, bias, y, words, floats, page_words, slot_pages, slot_ids, h, M, N, K, L,
-    u_offset,
+@triton.jit
+def _wait_for_shrink(agreement, SHRINKERS: tl.constexpr, blocks):
+    """Returns when a tile's programs that shrink have ended (`together_kernel`); the last to see it leaves all at 0."""
+    done = tl.atomic_add(agreement + 1, 0, sem="acquire")
+    while done < SHRINKERS:
+        done = tl.atomic_add(agreement + 1, 0, sem="acquire")
+    tl.debug_barrier()
+    if tl.atomic_add(agreement + 2, 1, sem="acq_rel") == blocks - 1:
+        tl.store(agreement + tl.arange(0, 4), 0, mask=tl.arange(0, 4) < 3)
+
+
+@triton.jit
+def _linear_block(
+    block, blocks, tile, x, x_stride, weight, weight_stride, bias, y, words, floats, page_words, slot_pages, slot_ids,
+    h, agreement, M, N, K, L, u_offset,
     HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAGES: tl.constexpr, SHRINKERS: tl.constexpr,
 ):  # fmt: skip
-    """``y = x W^T + bias + h U^T``: the expand is further steps of the base's sum, on the same accumulator.
-
-    Grid: (blocks of N, tiles of M). The first adapter's codes are on their way before the base's weights, the next
-    ones' while one is multiplied; h is waited for when the base is through (PDL: the shrink runs beside it).
-    """
-    tile = tl.program_id(1)
+    """One block of outputs: the base's sum, then the expand as further steps of it. The first adapter's codes are on
+    their way before the base's weights, the next ones' while one is multiplied; h is waited for when the base is
+    through."""
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = tl.program_id(0) * BLOCK_N
+    at = block * BLOCK_N
     columns = at + tl.arange(0, BLOCK_N)
     slots, numbers, distinct = _distinct(slot_ids, rows, M, BLOCK_M)
     groups = tl.cdiv(L, PAGES)
@@ -265,6 +289,8 @@ def linear_kernel(
         b_at += BLOCK_K
     if PDL:
         tl_cuda.gdc_wait()
+    if SHRINKERS > 0:
+        _wait_for_shrink(agreement + 3 * tile, SHRINKERS, blocks)
     for step in tl.range(0, distinct * groups, num_stages=1):
         l0 = step % groups * PAGES
         next_slot, next_page = _pages_of(
@@ -284,6 +310,57 @@ def linear_kernel(
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     to = y + rows[:, None].to(tl.int64) * N + columns[None, :]
     tl.store(to, acc.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "L"])
+def linear_kernel(
+    x, x_stride, weight, weight_stride, bias, y, words, floats, page_words, slot_pages, slot_ids, h, M, N, K, L,
+    u_offset,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
+    """``y = x W^T + bias + h U^T`` behind `shrink_kernel` (PDL: beside it). Grid: (blocks of N, tiles of M)."""
+    _linear_block(
+        tl.program_id(0), 0, tl.program_id(1), x, x_stride, weight, weight_stride, bias, y, words, floats, page_words,
+        slot_pages, slot_ids, h, h, M, N, K, L, u_offset, HAS_BIAS, EVEN_K, WIDE, PDL, BLOCK_M, BLOCK_N, BLOCK_K, PAGES,
+        0,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "L"])
+def together_kernel(
+    x, x_stride, weight, weight_stride, bias, y, words, floats, page_words, slot_pages, slot_weights, slot_ids, partial,
+    h, counters, agreement, M, N, K, L, u_offset,
+    HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PAGES: tl.constexpr, SHRINK_BLOCK_K: tl.constexpr, SHRINK_PAGES: tl.constexpr,
+    SPLITS: tl.constexpr, SHRINKERS: tl.constexpr,
+):  # fmt: skip
+    """Both in one launch: of a tile's programs the first SHRINKERS shrink, each of the others takes a block of outputs
+    and waits for them behind its base.
+
+    Programs draw numbers when they begin, so that who shrinks is running before anyone can wait for it: no deadlock,
+    whatever the order in which blocks start, and however few of them fit. Grid: (SHRINKERS + blocks of N, tiles of M).
+
+    Args:
+        agreement: int32 ``[tiles, 3]`` (numbers drawn, shrinkers that have ended, blocks that have seen it), 0 before
+            and after; and one more element.
+    """
+    tile = tl.program_id(1)
+    blocks = tl.num_programs(0) - SHRINKERS
+    number = tl.atomic_add(agreement + 3 * tile, 1, sem="relaxed")
+    if number < SHRINKERS:
+        _shrink_items(
+            tile, number, SHRINKERS, x, x_stride, words, floats, page_words, slot_pages, slot_weights, slot_ids,
+            partial, h, counters, M, K, L, u_offset, False, WIDE, BLOCK_M, SHRINK_BLOCK_K, SHRINK_PAGES, SPLITS,
+        )  # fmt: skip
+        tl.debug_barrier()  # all of this program's h is stored before it counts
+        tl.atomic_add(agreement + 3 * tile + 1, 1, sem="release")
+    else:
+        _linear_block(
+            number - SHRINKERS, blocks, tile, x, x_stride, weight, weight_stride, bias, y, words, floats, page_words,
+            slot_pages, slot_ids, h, agreement, M, N, K, L, u_offset, HAS_BIAS, EVEN_K, WIDE, False, BLOCK_M, BLOCK_N,
+            BLOCK_K, PAGES, SHRINKERS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "L"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..codes import PageLayout
 from .configs import Config, choose
 from .counters import counters
-from .kernels import expand_kernel, linear_kernel, shrink_kernel
+from .kernels import expand_kernel, linear_kernel, shrink_kernel, together_kernel
 
 # Set by TRITON_INTERPRET=1: kernels run in Python, on tensors of the CPU.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -54,6 +54,9 @@ def linear(
     bias = None if bias is None else bias.contiguous()
     layout, length = PageLayout(n, k), slot_pages.shape[1]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if config.together:
+        _together(y, x, weight, bias, layout, pages, slot_pages, slot_weights, slot_ids, config)
+        return y
     h, pdl = _shrink(x, layout, pages, slot_pages, slot_weights, slot_ids, config, False, capability)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments'
         linear_kernel[triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m)](
@@ -98,13 +101,41 @@ def add_delta_(
         y.copy_(out)
 
 
+def _together(y, x, weight, bias, layout, pages, slot_pages, slot_weights, slot_ids, config) -> None:
+    """Launch both in one."""
+    (m, k), n, length = x.shape, y.shape[1], slot_pages.shape[1]
+    tiles, arrivals = triton.cdiv(m, config.block_m), -(-_arrivals(m, length, config) // 32) * 32
+    # One buffer: two callers' on one stream would be the same memory.
+    count = counters(arrivals + 3 * tiles + 1, x.device)
+    h, partial = _hidden_of(x, length, config)
+    with torch.cuda.device_of(x):
+        together_kernel[config.together + triton.cdiv(n, config.block_n), tiles](
+            x, x.stride(0), weight, weight.stride(0), bias, y, *_views(pages, layout), slot_pages, slot_weights,
+            slot_ids, partial, h, count, count[arrivals:], m, n, k, length, layout.u_offset // 4,
+            HAS_BIAS=bias is not None, EVEN_K=k % config.block_k == 0, WIDE=_wide(x), BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n, BLOCK_K=config.block_k, PAGES=config.pages, SHRINK_BLOCK_K=config.shrink_block_k,
+            SHRINK_PAGES=config.shrink_pages, SPLITS=config.splits, SHRINKERS=config.together,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+
+def _arrivals(m: int, length: int, config: Config) -> int:
+    """How many items' splits are counted."""
+    return triton.cdiv(m, config.block_m) * config.block_m * triton.cdiv(length, config.shrink_pages)
+
+
+def _hidden_of(x: Tensor, length: int, config: Config) -> tuple[Tensor, Tensor]:
+    """Memory for h, and for the parts of its sums."""
+    h = torch.empty(x.shape[0], 16 * length, dtype=x.dtype, device=x.device)
+    return h, h if config.splits == 1 else h.new_empty(config.splits, *h.shape, dtype=torch.float32)
+
+
 def _shrink(x, layout, pages, slot_pages, slot_weights, slot_ids, config, transpose, capability) -> tuple[Tensor, bool]:
     """Launch the shrink. Returns h, and whether the next kernel may begin beside it."""
     (m, k), length = x.shape, slot_pages.shape[1]
     tiles, groups = triton.cdiv(m, config.block_m), triton.cdiv(length, config.shrink_pages)
-    h = torch.empty(m, 16 * length, dtype=x.dtype, device=x.device)
-    partial = h if config.splits == 1 else h.new_empty(config.splits, m, 16 * length, dtype=torch.float32)
-    count = h if config.splits == 1 else counters(tiles * config.block_m * groups, x.device)
+    h, partial = _hidden_of(x, length, config)
+    count = h if config.splits == 1 else counters(_arrivals(m, length, config), x.device)
     # A tile has at most as many items as it has rows, or the bank slots.
     items = min(config.block_m, m, slot_pages.shape[0]) * groups * config.splits
     programs = max(1, min(items, _SHRINK_PROGRAMS // tiles))
