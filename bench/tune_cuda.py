@@ -1,4 +1,4 @@
-"""Which launch of the CUDA decode kernel is fastest where: every instance, and slices of k, against F.linear.
+"""Which launch of the CUDA decode kernel is fastest where: every instance, slices of k, dependent launches.
 
     python bench/tune_cuda.py [--model Llama-3.1-8B] [--rows 1 8 16 32] [--minutes 4] [--out decode_shapes.jsonl]
 
@@ -64,9 +64,9 @@ def main() -> None:
                 candidates["chosen"] = runs(point, [])
                 for shape in instances():
                     # One size of rows more than needed may pay with its other blocks.
-                    if m <= 8 * shape[0] <= 4 * max(m, 8):
-                        for slices in SLICES:
-                            candidates[str([*shape, slices])] = runs(point, [*shape, slices])
+                    if m <= 8 * shape[0] <= 2 * max(m, 8):
+                        for launch in ([*shape, slices, dependent] for slices in SLICES for dependent in (0, 1)):
+                            candidates[str(launch)] = runs(point, launch)
                 for name, calls in candidates.items():
                     if name != "F.linear":
                         point.check(calls[0]())

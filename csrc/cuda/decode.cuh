@@ -293,6 +293,21 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int
   const int part = slice * kWarps + warp, parts = p.slices * kWarps;
   const int begin = static_cast<int>(static_cast<int64_t>(chunks) * part / parts);
   const int end = static_cast<int>(static_cast<int64_t>(chunks) * (part + 1) / parts);
+  if (p.dependent) {
+    // W is no other kernel's result: it comes nearer while the one that computes x still runs.
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+      for (int o = 0; o < kOutputTiles; ++o) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int k = (begin + i) * kChunk;
+          if (begin + i < end && k + 8 * t < p.k) prefetch(rows[o][half] + k);
+        }
+      }
+    }
+  }
+  wait_for_kernel_before();
   uint4 w[kAhead][kOutputTiles][2] = {}, xs[kAhead][kRowTiles] = {};
   const auto load = [&](int i, int chunk) {
     const int k = chunk * kChunk;
@@ -425,6 +440,7 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRow
   const int place_in_n = blockIdx.x / p.slices, slice = blockIdx.x % p.slices;
   const int first = place_in_n * kOutputs, blocks = gridDim.x;
   float sums[kOutputTiles][kRowTiles][4] = {};
+  if (warp == kWarps || !kBase) wait_for_kernel_before();
   if (warp == kWarps) {
     know_batch(p, shared);
     arrive<kKnown>(kThreads);
@@ -437,6 +453,7 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRow
     }
   } else {
     if constexpr (kBase) base_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, slice, sums);
+    let_next_kernel_begin();  // all blocks of this one are running, and leave soon
     meet<kKnown>(kThreads);
     // Where rows differ there may be more to shrink than one warp of each block has done by now.
     const int exhausted = lane == 0 ? load_volatile(&shared.exhausted) : 0;

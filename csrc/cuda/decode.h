@@ -37,6 +37,7 @@ struct DecodeProblem {
   void* h;               // [m, 16 list_length] in the type of x
   int slices;            // of the base's sums over k, each in blocks of its own
   float* slice_partial;  // [slices, m, n]; null for one slice
+  bool dependent;        // launched so that it may begin before the kernel in front of it has ended
   uint32_t* counters;    // [kArrivals + m list_length + blocks_of]
 };
 
@@ -87,6 +88,9 @@ inline int choose_splits(int64_t k) { return static_cast<int>(k < 64 * kSplit ? 
 
 // Launches on a stream of the current device; the error code of the launch, 0 for none (cudaError_t).
 int launch_decode(const DecodeProblem& problem, const DecodeShape& shape, bool bfloat16, CUstream_st* stream);
+
+// Whether the current device, and the machine code for it, know dependent launches.
+bool dependent_launches();
 
 // 0 if there is machine code, or PTX, for the current device; otherwise why not.
 int decode_runs();

@@ -6,21 +6,25 @@ namespace dts_fast::cuda {
 namespace {
 
 template <class T, int kRowTiles, int kOutputTiles, int kWarps>
-void launch(const DecodeProblem& p, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(blocks_of({kRowTiles, kOutputTiles, kWarps, 1}, p.n) * p.slices);
-  if (p.base) {
-    decode_kernel<T, kRowTiles, kOutputTiles, kWarps, true><<<blocks, 32 * (kWarps + 1), 0, stream>>>(p);
-  } else {
-    decode_kernel<T, kRowTiles, kOutputTiles, kWarps, false><<<blocks, 32 * (kWarps + 1), 0, stream>>>(p);
-  }
+cudaError_t launch(const DecodeProblem& p, cudaStream_t stream) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks_of({kRowTiles, kOutputTiles, kWarps, 1}, p.n) * p.slices));
+  config.blockDim = dim3(32 * (kWarps + 1));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = p.dependent ? 1 : 0;
+  return p.base ? cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kWarps, true>, p)
+                : cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kWarps, false>, p);
 }
 
 template <class T>
 int launch_typed(const DecodeProblem& p, const DecodeShape& shape, cudaStream_t stream) {
 #define DTS_FAST_LAUNCH(rows, outputs, count)                                             \
   if (shape.row_tiles == rows && shape.output_tiles == outputs && shape.warps == count) { \
-    launch<T, rows, outputs, count>(p, stream);                                           \
-    return cudaGetLastError();                                                            \
+    return launch<T, rows, outputs, count>(p, stream);                                    \
   }
   DTS_FAST_DECODE_SHAPES(DTS_FAST_LAUNCH)
 #undef DTS_FAST_LAUNCH
@@ -31,6 +35,13 @@ int launch_typed(const DecodeProblem& p, const DecodeShape& shape, cudaStream_t 
 
 int launch_decode(const DecodeProblem& p, const DecodeShape& shape, bool bfloat16, cudaStream_t stream) {
   return bfloat16 ? launch_typed<__nv_bfloat16>(p, shape, stream) : launch_typed<__half>(p, shape, stream);
+}
+
+bool dependent_launches() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, decode_kernel<__nv_bfloat16, 1, 1, 7, true>);
+  // Machine code for an older one, or its PTX, does not wait for the kernel before it.
+  return error == cudaSuccess && attributes.binaryVersion >= 90 && attributes.ptxVersion >= 90;
 }
 
 int decode_runs() {

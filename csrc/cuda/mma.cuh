@@ -48,6 +48,22 @@ __device__ __forceinline__ uint4 load_once(const void* p, uint64_t policy) {
   return v;
 }
 
+// Into the second-level cache, which sees what other kernels write: no one can be misled by what it holds.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
+
+// Dependent launches (Hopper and newer): a kernel may begin before the one in front of it has ended, and waits here for
+// its results; at once where it was launched as usual. Others say when the next one may begin.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
+
 // Returns when a counter has reached a number, with everything that was released by those who counted. Polling itself
 // acquires nothing: that would empty the first-level cache each time, through which x is shared.
 __device__ __forceinline__ void wait_for(const uint32_t* p, uint32_t number) {

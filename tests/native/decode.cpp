@@ -49,6 +49,9 @@ inline void mma(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_
 }
 
 inline uint64_t read_once_policy() { return 0; }
+inline void prefetch(const void*) {}
+inline void wait_for_kernel_before() {}
+inline void let_next_kernel_begin() {}
 inline uint4 load_once(const void* p, uint64_t) { return __ldg(static_cast<const uint4*>(p)); }
 inline void wait_for(const uint32_t* p, uint32_t number) {
   while (*p < number) emulated::yield();
@@ -135,6 +138,7 @@ void run(const Case& c) {
   DecodeProblem p = {};
   p.x = aligned(x), p.x_stride = x_stride;
   p.base = kBase;
+  p.dependent = draw(0, 1);
   p.weight = aligned(weight), p.weight_stride = w_stride;
   p.bias = kBase && draw(0, 1) ? bias.data() : nullptr;
   p.y = y.data(), p.y_stride = y_stride;
