@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 from conftest import write_checkpoint
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dts_fast import DTSConfig, DTSModel, compress
+from dts_fast import DTSConfig, DTSLinear, DTSModel, compress, fit, route
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 56}
 MAKE = {
@@ -169,3 +170,27 @@ def test_weights_that_a_compiled_model_reads(tmp_path, computes):
                 model(x)
         else:
             torch.testing.assert_close(model(x), eager, rtol=1e-5, atol=1e-5)
+
+
+def test_routes_in_and_around_a_compiled_function_are_each_layers_own():
+    """What layers ask first, whether all is the base's, follows the route through graphs and what is between them."""
+    torch.manual_seed(0)
+    base, x = nn.Linear(32, 32), torch.randn(2, 32)
+    layer, delta = DTSLinear(base, 2), fit(torch.randn(32, 32), rank=4)
+    layer.load_adapter("a", delta)
+
+    def calls(x):
+        with route("a"):
+            first = layer(x)
+            torch._dynamo.graph_break()
+            second = layer(x)
+        return first, second, layer(x)
+
+    with torch.no_grad():
+        personal, plain = x @ (base.weight + delta.dequantize()).t() + base.bias, base(x)
+        compiled = torch.compile(calls)
+        for run in (calls, compiled, compiled):
+            with route("__base__"):
+                torch.testing.assert_close(run(x), (personal, personal, plain), rtol=1e-4, atol=1e-4)
+        layer.set_adapter("a")
+        torch.testing.assert_close(run(x), (personal, personal, personal), rtol=1e-4, atol=1e-4)
