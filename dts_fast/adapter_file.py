@@ -247,7 +247,7 @@ def read_config(folder: Path) -> dict[str, object]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise AdapterFormatError(f"{file}: not valid JSON ({error}).") from error
+        raise AdapterFormatError(f"{file}: not valid JSON ({error}). Copy or download the adapter again.") from error
     if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterFormatError(f"{file}: expected peft_type {PEFT_TYPE!r}, got {found!r}; not a dts_fast adapter.")

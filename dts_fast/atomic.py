@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,11 +23,14 @@ def check_target(target: Path, *, overwrite: bool, marker: str) -> None:
     Raises:
         DTSError: it exists and must not be overwritten, or its parent is not writable.
     """
-    if target.exists():
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        if not (target / marker).is_file():
+            raise DTSError(
+                f"{target} exists and holds no {marker}, so it is something else; nothing was changed. Choose another "
+                "path."
+            )
         if not overwrite:
             raise DTSError(f"{target} exists already; nothing was changed. Choose another path, or pass --overwrite.")
-        if not (target / marker).is_file():
-            raise DTSError(f"{target} exists and holds no {marker}, so it is something else; it is not overwritten.")
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     try:
         os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
@@ -67,6 +70,19 @@ def staged_directory(target: Path, *, overwrite: bool, marker: str) -> Iterator[
         raise
 
 
+def check_file(target: str | Path) -> None:
+    """Refuse a file that cannot be written, before work is spent on it.
+
+    Raises:
+        DTSError: its directory is not there or not writable, or it is a directory itself.
+    """
+    target = Path(target)
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise DTSError(f"{target} cannot be written: expected a file in a directory that exists. Choose another file.")
+    if not os.access(target if target.exists() else target.absolute().parent, os.W_OK):
+        raise DTSError(f"{target} cannot be written: it is not writable. Choose another file.")
+
+
 def write_text(target: str | Path, text: str) -> None:
     """Write a file, or replace one, whole or not at all.
 
@@ -79,8 +95,9 @@ def write_text(target: str | Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
         os.replace(staging, target)
     except OSError as error:
-        staging.unlink(missing_ok=True)
-        raise DTSError(f"{target} cannot be written ({error}).") from error
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
+        raise DTSError(f"{target} cannot be written ({error}). Choose another file.") from error
 
 
 def _replace(staging: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from .errors import BaseMismatchError
 from .fingerprint import Elements, check_fingerprint
 from .nn.module import has_features, is_plain
 from .prepack import PackedLinear
+from .renaming import names_in_checkpoint
 
 # Module path -> parameter name within it -> what the adapter has for it.
 Owned = dict[str, dict[str, Parameter]]
@@ -33,7 +34,7 @@ class LiveModel:
         first: dict[int, str] = {}
         self._first_path = {path: first.setdefault(id(module), path) for path, module in self.modules.items()}
         self._aliases = _aliases(model)
-        self._names_in_checkpoint = _names_in_checkpoint(model)
+        self._names_in_checkpoint = names_in_checkpoint(model)
         self._last: tuple[object, ...] = (None,)
         # One that every layout of weights leaves in its place: the first, most often an embedding table.
         owned = (
@@ -102,10 +103,30 @@ class LiveModel:
                 if alias == name or alias not in adapter.parameters:
                     owned.setdefault(path, {})[leaf] = parameter
                     places.append((name, path, leaf))
+        for name in adapter.deltas:
+            self._check_servable(live[name])
         live = {name: live[name] for name in adapter.deltas}
         if known:
             self._last = key, places, live
         return owned, live
+
+    def _check_servable(self, name: str) -> None:
+        """Refuse a base's parameter that no delta can be added to at run time.
+
+        Raises:
+            BaseMismatchError: it is not in memory, or of a type that the ops do not take.
+        """
+        path, _, leaf = name.rpartition(".")
+        parameter = self.modules[path]._parameters.get(leaf)
+        if parameter is not None and parameter.is_meta:
+            raise BaseMismatchError(
+                f"{name} is not in memory (device 'meta': not loaded, or offloaded by accelerate). Load the base "
+                "without offloading, on devices that hold it; adapters add about 1 %."
+            )
+        if parameter is not None and parameter.dtype == torch.float64:
+            raise BaseMismatchError(
+                f"{name} is float64; expected float32, float16 or bfloat16. Convert the base: model.to(torch.float32)."
+            )
 
     def check_base(self, adapter: Adapter, live: Mapping[str, str]) -> None:
         """Refuse an adapter that was made for another base (`check_fingerprint`); ``live`` as `owners` returns it.
@@ -216,28 +237,3 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(name)
     return {name: tuple(names[id(parameter)]) for name, parameter in parameters.items()}
-
-
-def _names_in_checkpoint(model: nn.Module) -> dict[str, str]:
-    """The name each parameter has in a checkpoint of this model, to its name in the model.
-
-    The two differ where transformers renames on loading (ViT's ``encoder.layer.0.attention...query`` is
-    ``layers.0.attention.q_proj`` in memory); it can tell what saving would turn a state dict into.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = {name: name for name in parameters}
-    try:
-        from transformers import PreTrainedModel
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # no transformers, or a release that does not rename
-        return names
-    if not isinstance(model, PreTrainedModel):
-        return names
-    # Tied parameters are one tensor under several names; a view of each keeps the names apart.
-    views = {name: parameter.detach() for name, parameter in parameters.items()}
-    own_name = {id(view): name for name, view in views.items()}
-    for name, view in revert_weight_conversion(model, views).items():
-        if id(view) in own_name:  # a tensor that saving would split or fuse has no single name
-            names.pop(own_name[id(view)], None)
-            names[name] = own_name[id(view)]
-    return names

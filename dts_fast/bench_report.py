@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .atomic import check_file
 from .errors import DTSError
 
 Row = Mapping[str, object]
@@ -79,6 +80,20 @@ def summary_of_change(rows: Sequence[Row], before: Mapping[tuple, Row]) -> str:
             mean = math.exp(sum(map(math.log, changes)) / len(changes))
             lines.append(f"{candidate}: {mean:.3f} x its earlier ratio (geometric mean of {len(changes)} points)")
     return "\n".join(lines) or "no point of this run is in the earlier one"
+
+
+PLOTS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: str | Path) -> None:
+    """Refuse a plot that cannot be written, before anything is timed.
+
+    Raises:
+        DTSError: another ending than one of `PLOTS`, or see `check_file`.
+    """
+    if Path(path).suffix not in PLOTS:
+        raise DTSError(f"{path}: expected a plot's file to end in {', '.join(PLOTS)}, got {Path(path).suffix!r}.")
+    check_file(path)
 
 
 def plot(rows: Sequence[Row], path: str | Path) -> None:

@@ -119,9 +119,10 @@ class Layers:
         self.case = case
         torch.manual_seed(0)
         # On a GPU whatever is beyond several times its cache; a graph of some hundred calls of a small layer is enough.
+        # Layers that are smaller than a thousandth of a cache would take longer to make than to time.
         times = 4 if case.device == "cuda" else 1.25
         copies = max(2, -int(-times * last_level_cache(case.device) // case.floor_bytes))
-        copies = min(copies, 256) if case.device == "cuda" else copies
+        copies = min(copies, 256 if case.device == "cuda" else 2048)
         deltas = [random_delta(case.n, case.k, case.rank) for _ in range(case.adapters)]
         self.x = torch.randn(case.m, case.k).to(case.dtype).to(case.device)
         scale = case.k**-0.5

@@ -87,7 +87,9 @@ class Checkpoint:
             try:
                 config = json.loads(config_file.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise CheckpointError(f"{config_file}: not valid JSON ({error}).") from error
+                raise CheckpointError(
+                    f"{config_file}: not valid JSON ({error}). Copy or download the model again."
+                ) from error
             if not isinstance(config, dict):
                 raise CheckpointError(f"{config_file}: expected a JSON object, got a {type(config).__name__}.")
         size = sum(file.stat().st_size for file in files)
@@ -261,10 +263,17 @@ def pair_tensors(
         whole: regular expression of tensors to be stored whole; these may differ in shape from the base's.
 
     Raises:
-        CheckpointError: base tensors missing from the fine-tune, or shapes that differ; all of them are listed.
+        CheckpointError: base tensors missing from the fine-tune, or shapes that differ; all of them are listed. Or
+            ``include`` or ``whole`` match nothing.
     """
     strip, add = common_prefix(model.tensors, base.tensors)
     model_name = {add + name.removeprefix(strip): name for name in model.tensors}
+    for option, pattern in (("include", include), ("whole", whole)):
+        if pattern and not any(re.search(pattern, name) for name in base.tensors.keys() | model_name.keys()):
+            raise CheckpointError(
+                f"--{option} {pattern!r} matches no tensor of {base.source}; its names are like "
+                f"{_listing(sorted(base.tensors)[:3])}."
+            )
     pairs, added, tied, skipped, missing, shapes = {}, {}, {}, {}, [], []
     for name in sorted(base.tensors.keys() | model_name.keys()):
         ours, theirs = base.tensors.get(name), model.tensors.get(model_name.get(name, ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 import traceback
 import warnings
@@ -21,12 +22,14 @@ class Share(click.ParamType):
     name = "share"
 
     def convert(self, value, param, ctx):
-        if isinstance(value, float):
-            return value
         try:
-            return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+            percent = isinstance(value, str) and value.endswith("%")
+            share = float(value[:-1]) / 100 if percent else float(value)
         except ValueError:
             self.fail(f"expected a share such as 1% or 0.01, got {value!r}", param, ctx)
+        if not 0 < share <= 1:
+            self.fail(f"expected a share above 0 and up to 100%, got {value!r}", param, ctx)
+        return share
 
 
 class Commands(click.Group):
@@ -51,6 +54,8 @@ class Commands(click.Group):
 def main(quiet, verbose) -> None:
     """Many fine-tuned variants of one model, each about 1 % of it, served from one resident base."""
     warnings.simplefilter("default" if verbose else "ignore")
+    if quiet:
+        logging.disable(logging.WARNING)  # other libraries'
 
 
 def _remark(text: str) -> None:
@@ -253,7 +258,7 @@ def select(adapters, characteristic, encoder) -> None:
 
 @main.command()
 @click.option("--out", default="demo_out", show_default=True, help="Folder for models, adapters, table and plot.")
-@click.option("--steps", type=int, help="Training steps of the base model; fewer are faster and worse.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps of the base model; fewer are faster and worse.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def demo(out, steps, seed) -> None:
     """Train a small model and three fine-tunes on text at hand, compress them, and serve them in one batch."""
@@ -289,7 +294,7 @@ def bench(models, rows, dtype, share, adapters, composition, device, rounds, out
     import torch
 
     from . import bench_report
-    from .atomic import write_text
+    from .atomic import check_file, write_text
     from .benchmark import MODELS, Case, rank_for_share, run_case
     from .errors import DTSError
     from .hardware import header
@@ -298,6 +303,10 @@ def bench(models, rows, dtype, share, adapters, composition, device, rounds, out
 
     if device == "cuda" and not torch.cuda.is_available():
         raise DTSError("--device cuda: no CUDA device here; see dts-fast doctor.")
+    if out is not None:
+        check_file(out)
+    if plot_path is not None:
+        bench_report.check_plot(plot_path)
     before = None if compare is None else bench_report.read_rows(compare)[1]
     chosen = {model: layers_of(model, MODELS) for model in models or ["Qwen2.5-0.5B"]}
     cases = [

@@ -69,6 +69,8 @@ class DTSConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise DTSError(f"{name} must lie above 0 and up to 1 (1 % is 0.01), got {value}.")
+        if self.encoder is not None and self.characteristic is None:
+            raise DTSError("encoder is given without a characteristic for it to encode. Give both, or neither.")
         if self.rank is not None and self.rank < 0:
             raise DTSError(f"rank must not be negative, got {self.rank}.")
         if self.rank_multiple < 0:

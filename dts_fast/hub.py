@@ -37,6 +37,7 @@ def push_adapter(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    fail = f"{repo_id}: the upload failed"
     folder = locate_adapter(path)
     load_adapter(folder)
     api = HfApi(token=token)
@@ -49,6 +50,13 @@ def push_adapter(
             commit_message=commit_message,
             allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, CARD_NAME],
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise DTSError(f"{repo_id}: the hub refused the upload ({error}). Log in with: hf auth login.") from error
+    except HFValidationError as error:
+        raise DTSError(f"{fail}: not the name of a repository ({error}). Expected user/name.") from error
+    except HfHubHTTPError as error:
+        raise DTSError(f"{fail}: the hub refused ({error}). Log in with: hf auth login.") from error
+    except Exception as error:  # of whatever library the hub's client speaks HTTP with
+        raise DTSError(
+            f"{fail}: the hub cannot be reached ({type(error).__name__}: {error}). Check the network and HF_ENDPOINT, "
+            "then push again."
+        ) from error
     return str(commit.commit_url)

@@ -90,7 +90,13 @@ class Journal:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.folder is not None:
             # Kept for what a second try may get past: an interruption, a full disk. Bad input stays bad.
-            if error is None or (isinstance(error, DTSError) and not isinstance(error.__cause__, OSError)):
-                shutil.rmtree(self.folder, ignore_errors=True)
+            folder, kept = self.folder, isinstance(error, DTSError) and isinstance(error.__cause__, OSError)
+            if error is None or (isinstance(error, DTSError) and not kept):
+                shutil.rmtree(folder, ignore_errors=True)
             self._lock.close()
             self.folder = None
+            if kept:
+                raise DTSError(
+                    f"{error} What was finished is kept in {folder} for another try with the same --out-path; "
+                    "delete it if there will be none."
+                ) from error.__cause__

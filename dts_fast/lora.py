@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint, TensorInfo, common_prefix, is_embedding
 from .codes import DeltaSum, LowRankDelta, is_matrix, terms_of
 from .errors import CheckpointError, DTSError
 from .export import check_base
+from .renaming import live_names
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -70,11 +71,12 @@ def export_lora(
     check_base(adapter, base)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    whole: dict[str, set[str]] = {}  # module -> its parameters that are stored whole
+    whole: dict[str, set[str]] = {}  # module -> its parameters that are stored whole, by their names in the adapter
     biases: list[str] = []
     left_out: list[str] = []
+    live = live_names(base)  # PEFT looks for modules of the model in memory
     for name, parameter in adapter.parameters.items():
-        module, _, leaf = name.rpartition(".")
+        module, _, leaf = live.get(name, name).rpartition(".")
         # A convolution of one output is decomposed along another dimension: it is stored whole.
         if leaf == "weight" and _is_low_rank(parameter) and terms_of(parameter)[0].u.n == parameter.shape[0]:
             if _has_tied_head(adapter, base, name):
@@ -85,12 +87,12 @@ def export_lora(
             tensors |= _module_tensors(module, parameter, transposed, table)
             ranks[module] = sum(term.rank for term in terms_of(parameter))
         elif leaf in ("weight", "bias"):
-            whole.setdefault(module, set()).add(leaf)
+            whole.setdefault(module, set()).add(name)
         else:
             left_out.append(name)
-    for module, leaves in whole.items():
+    for module, names in whole.items():
         if module in ranks:
-            biases += [f"{module}.{leaf}" for leaf in leaves]
+            biases += names
     if left_out and not drop:
         raise DTSError(
             f"PEFT's LoRA cannot hold {len(left_out)} parameters of this adapter ({', '.join(left_out[:5])}): they are "
@@ -100,11 +102,12 @@ def export_lora(
     saved = [module for module in whole if module not in ranks]
     for module in saved:
         # All of the module's parameters: PEFT puts a copy of the module in its place.
-        of_module = [name for name in {*base.tensors, *adapter.parameters} if name.rpartition(".")[0] == module]
-        for name in of_module:
-            tensors[f"{_PREFIX}{name}"] = _personalised(adapter.parameters.get(name), base, name)
+        for name in {*base.tensors, *adapter.parameters}:
+            own = live.get(name, name)
+            if own.rpartition(".")[0] == module:
+                tensors[f"{_PREFIX}{own}"] = _personalised(adapter.parameters.get(name), base, name)
     for name in biases:
-        module, _, leaf = name.rpartition(".")
+        module, _, leaf = live.get(name, name).rpartition(".")
         tensors[f"{_PREFIX}{module}.base_layer.{leaf}"] = _personalised(adapter.parameters[name], base, name)
     if not ranks:
         raise DTSError("the adapter changes no matrix; there is nothing that a LoRA could hold.")
@@ -221,16 +224,20 @@ class LoraCheckpoint(Checkpoint):
             found = f"not so {incomplete[0]!r}" if incomplete else "found none"
             raise CheckpointError(f"{path}: expected lora_A and lora_B of each module, {found}.")
         names = {f"{module}.weight" for module in pairs} | set(whole)
-        strip, add = common_prefix(names, base.tensors)
+        in_base = {live: name for name, live in live_names(base).items()}
+        strip, add = common_prefix(names, in_base)
 
         def of_base(name: str) -> str:
-            return add + name.removeprefix(strip)
+            return in_base.get(add + name.removeprefix(strip), add + name.removeprefix(strip))
 
         low_rank = {}
         for module, pair in pairs.items():
             name = of_base(f"{module}.weight")
             if name not in base.tensors:
-                raise CheckpointError(f"{path}: module {module!r} is not in the base {base.source} (no {name!r}).")
+                raise CheckpointError(
+                    f"{path}: module {module!r} is not in the base {base.source} (no {name!r}). Give the base that the "
+                    "LoRA was trained on."
+                )
             low_rank[name] = pair["A"], pair["B"], _scaling(config, module, lora.tensors[pair["A"]].shape)
         whole = {of_base(name): key for name, key in whole.items()}
         tensors = {**base.tensors, **{name: lora.tensors[key] for name, key in whole.items()}}

@@ -67,6 +67,11 @@ class DTSModel(nn.Module):
         super().__init__()
         if prepack and no_kernels() is not None:
             raise DTSError(f"prepack: {no_kernels()}. Leave prepack off.")
+        if isinstance(model, DTSModel) or any(isinstance(module, DTSModule) for module in model.modules()):
+            raise DTSError(
+                "the model has DTS layers already: load_adapter() of its DTSModel takes further adapters, and "
+                "merge_and_unload('__base__') gives the bare model back."
+            )
         if eviction not in (None, "lru"):
             raise DTSError(f"eviction: expected None or 'lru', got {eviction!r}.")
         self.model = model
@@ -150,12 +155,12 @@ class DTSModel(nn.Module):
             adapter_name: what `set_adapter` and ``adapter_names`` will call it.
             replace: whether the name may be an adapter's that is loaded. Calls that run end with the old one, later
                 ones have the new one.
-            verify_base: compare the base's weights with the adapter's fingerprint; turn it off for a base whose
-                weights are not in memory.
+            verify_base: compare the base's weights with the adapter's fingerprint; turn it off for a base that was
+                changed on purpose.
 
         Raises:
             AdapterFormatError: the adapter is damaged or of an unknown version.
-            BaseMismatchError: it was made for another base.
+            BaseMismatchError: it was made for another base, or the base is not in memory (offloaded) or float64.
             CapacityError: there is no room.
             DTSError: the name is taken.
 
@@ -353,9 +358,17 @@ class DTSModel(nn.Module):
         those).
 
         Raises:
-            DTSError: an adapter's files are gone from where they were loaded, or a target cannot be written.
+            DTSError: an adapter's files are gone from where they were loaded, a name is none that a directory below
+                ``path`` can have, or a target cannot be written.
         """
-        for name, source in list(self._sources.items()):
+        sources = list(self._sources.items())
+        for name, _ in sources:
+            if name in (".", "..") or "\0" in name or Path(name).name != name or len(name.encode()) > 200:
+                raise DTSError(
+                    f"save_pretrained: {name[:80]!r} is the name of no directory below {path} (a path, or too long). "
+                    "Nothing was written; load the adapter under another name."
+                )
+        for name, source in sources:
             with staged_directory(Path(path) / name, overwrite=True, marker=CONFIG_NAME) as staging:
                 for file in source.folder.iterdir():
                     if file.name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):

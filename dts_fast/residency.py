@@ -201,6 +201,11 @@ class Residency:
             return None
         if table.free + len(later) == 0:
             return table.reserve()  # says what takes the slots
+        if not fits(list(range(table.capacity))):
+            raise CapacityError(
+                f"adapter {name!r} would not fit if it were alone: in some layer it takes more pages of 16 ranks than "
+                "max_rank or max_bytes leaves one adapter. Construct with a larger one."
+            )
         raise CapacityError(
             f"adapter {name!r} does not fit in the memory for adapters"
             f"{', whatever is evicted' if self.evicts else ''}: in use are {', '.join(table.resident) or 'none'}. "

@@ -120,8 +120,13 @@ class SlotTable:
         """
         if not isinstance(name, str) or not name:
             raise DTSError(f"an adapter's name must be a non-empty string, got {name!r}.")
-        if name == BASE or name in self._slots:
-            raise DTSError(f"adapter name {name!r} is {'reserved' if name == BASE else 'loaded already'}.")
+        if name == BASE:
+            raise DTSError(f"adapter name {name!r} is reserved: it means rows without an adapter. Choose another.")
+        if name in self._slots:
+            raise DTSError(
+                f"adapter name {name!r} is loaded already. Choose another, delete_adapter() it, or load with "
+                "replace=True where that is offered."
+            )
 
     def reserve(self) -> int:
         """A free slot, for a load that ends with `occupy` or `cancel`.

@@ -85,6 +85,21 @@ def test_usage_errors_are_exit_code_2(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--share", "0"], "expected a share above 0"),
+        (["--share", "-1%"], "expected a share above 0"),
+        (["--out", "/dev/null/x"], "expected a file in a directory that exists"),
+        (["--plot", "x.foo"], "expected a plot's file to end in .png, .svg, .pdf"),
+        (["--plot", "/none/x.png"], "expected a file in a directory that exists"),
+    ],
+)
+def test_bench_refuses_before_it_times_anything(arguments, message):
+    code = 2 if arguments[0] == "--share" else 1
+    assert message in " ".join(run("bench", *arguments, code=code).split())
+
+
 def test_the_installed_command(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", "from dts_fast.cli import main; main()", "inspect", str(tmp_path)],

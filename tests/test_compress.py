@@ -236,11 +236,32 @@ def test_checkpoints_that_do_not_belong_together_write_nothing(tmp_path, checkpo
         ({"rank": -2}, "not be negative"),
         ({"method": "magic"}, "known: "),
         ({"embeddings": "some"}, "embeddings must be one of"),
+        ({"encoder": "some"}, "without a characteristic"),
     ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(DTSError, match=message):
         DTSConfig(**settings)
+
+
+@pytest.mark.parametrize("option", ["include", "whole"])
+def test_a_selection_of_nothing_is_refused(tmp_path, checkpoints, option):
+    with pytest.raises(CheckpointError, match=f"--{option} 'zzz' matches no tensor of .*; its names are like"):
+        compress(*checkpoints, tmp_path / "a", DTSConfig(density=0.5, **{option: "zzz"}))
+
+
+def test_targets_that_are_something_else(tmp_path, checkpoints):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    for name in ("file", "full"):
+        for overwrite in (False, True):
+            with pytest.raises(DTSError, match="something else; nothing was changed"):
+                compress(*checkpoints, tmp_path / name, DTSConfig(rank=1), overwrite=overwrite)
+    compress(*checkpoints, tmp_path / "empty", DTSConfig(rank=1))  # nothing is lost there
+    with pytest.raises(DTSError, match=r"exists already; nothing was changed.*--overwrite"):
+        compress(*checkpoints, tmp_path / "empty", DTSConfig(rank=2))
 
 
 @pytest.mark.parametrize("unchanged", [0, 1, 2])

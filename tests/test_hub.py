@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import write_checkpoint
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from dts_fast import DTSConfig, DTSModel, compress
@@ -27,8 +28,10 @@ def hub(monkeypatch):
             calls.append(("token", token))
 
         def create_repo(self, repo_id, **settings):
+            if " " in repo_id:
+                raise HFValidationError("a blank")
             if "/" not in repo_id:
-                raise OSError("no such namespace")
+                raise OSError("no route")
             calls.append(("create", repo_id, settings))
 
         def upload_folder(self, **settings):
@@ -75,8 +78,10 @@ def test_what_is_no_adapter_is_not_sent(hub, tmp_path, adapter):
 
 
 def test_a_refusal_says_what_to_do(hub, adapter):
-    with pytest.raises(DTSError, match=r"sql: the hub refused the upload \(no such namespace\).*hf auth login"):
+    with pytest.raises(DTSError, match=r"sql: the upload failed: .* cannot be reached \(OSError: no route\).*network"):
         push_adapter(adapter[1], "sql")
+    with pytest.raises(DTSError, match=r"not the name of a repository \(a blank\). Expected user/name"):
+        push_adapter(adapter[1], "my sql")
 
 
 def test_the_command_prints_the_address(hub, adapter):

@@ -81,6 +81,31 @@ def test_gpt2_keeps_its_weights_the_other_way_round(tmp_path):
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_modules_have_the_names_of_the_model_in_memory(tmp_path):
+    """transformers renames ViT's on loading; PEFT finds them by what they are called then, both ways."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes)
+    base = transformers.ViTForImageClassification(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    moved(base, 0.05).save_pretrained(tmp_path / "tuned")
+    exclude = "cls_token|position_embeddings"
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "dts", DTSConfig(rank=4, exclude=exclude))
+    assert export_lora(tmp_path / "dts", tmp_path / "base", tmp_path / "lora") == []
+    pixels = torch.randn(2, 3, 8, 8)
+    model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "dts")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    torch.testing.assert_close(theirs(pixels).logits, model(pixels).logits, rtol=1e-4, atol=1e-4)
+    targets = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+    trained = saved_lora(base, tmp_path / "trained", target_modules=targets, r=2)
+    compress(tmp_path / "base", tmp_path / "trained", tmp_path / "again", DTSConfig(rank=16))
+    again = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "again")
+    expected = trained.eval()(pixels).logits
+    # Two components, coded eight times over.
+    assert (again(pixels).logits - expected).norm() < 0.3 * (base(pixels).logits - expected).norm()
+
+
 def test_a_table_that_the_head_is_tied_to_is_refused(tmp_path):
     """PEFT would change the table and not the head."""
     transformers = pytest.importorskip("transformers")

@@ -165,6 +165,32 @@ def test_bad_names_and_batches_are_refused(family):
     assert torch.isfinite(model(**family.inputs).logits).all()
 
 
+def test_bases_that_cannot_be_served_are_refused(family):
+    model = family.model()
+    with pytest.raises(DTSError, match="has DTS layers already: load_adapter"):
+        DTSModel(model)
+    with pytest.raises(DTSError, match="has DTS layers already"):
+        DTSModel(model.model)
+    empty = family.dense("a").to("meta")
+    for verify in (True, False):
+        with pytest.raises(BaseMismatchError, match=r"is not in memory .* Load the base without offloading"):
+            DTSModel(empty).load_adapter(family.folder / "a", "a", verify_base=verify)
+    with pytest.raises(BaseMismatchError, match="is float64; expected float32, float16 or bfloat16"):
+        DTSModel(family.dense("a").double()).load_adapter(family.folder / "a", "a")
+
+
+def test_saved_adapters_stay_below_their_directory(family, tmp_path):
+    model = family.model()
+    for name in ("../evil", str(tmp_path / "evil"), "..", "x" * 300):
+        model.load_adapter(family.folder / "a", name)
+        with pytest.raises(DTSError, match="is the name of no directory below"):
+            model.save_pretrained(tmp_path / "in" / "here")
+        model.delete_adapter(name)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_a_full_model_keeps_what_it_has(family):
     model = DTSModel.from_pretrained(family.folder / "base", family.folder / "a", "a", max_adapters=1)
     with pytest.raises(CapacityError, match="all 1 slots are taken"):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import embedding, linear
 
 from dts_fast import DTSEmbedding, DTSLinear, DTSModule, fit, fit_vector, route
-from dts_fast.errors import BaseMismatchError, RoutingError, UnknownAdapterError
+from dts_fast.errors import BaseMismatchError, DTSError, RoutingError, UnknownAdapterError
 from dts_fast.nn import DTSConv, DTSNorm, wrap
 from dts_fast.slots import SlotTable
 
@@ -502,6 +502,13 @@ def test_the_general_way_changes_nothing_that_other_threads_see():
         y = wrapper(x)
     torch.testing.assert_close(y, linear(x, dense["a"]["inner.weight"], dense["a"]["inner.bias"]))
     assert all(weight is layer.inner.weight for weight in seen)
+
+
+def test_what_is_no_linear_is_refused():
+    with pytest.raises(DTSError, match=r"got Conv2d with a weight of shape \[4, 3, 2, 2\]. nn.wrap and"):
+        DTSLinear(nn.Conv2d(3, 4, 2))
+    with pytest.raises(DTSError, match="got ReLU with a weight of shape None"):
+        DTSLinear(nn.ReLU())
 
 
 def test_hooks_of_the_base_layer_run_for_every_row():

@@ -167,7 +167,7 @@ def test_an_adapter_too_large_is_refused_and_evicts_nothing(folder, expected):
     for name in "abc":
         model.load_adapter(folder / name, name)
     before = contents(model)
-    with pytest.raises(CapacityError, match="'big' does not fit"):
+    with pytest.raises(CapacityError, match="'big' would not fit if it were alone"):
         model.load_adapter(folder / "big", "big")
     assert contents(model) == before
     check(model, expected, "a", "b", "c")

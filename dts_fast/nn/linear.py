@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..bank import Arena
+from ..errors import DTSError
 from ..prepack import PackedLinear, pack_, unpack_
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
@@ -33,7 +34,7 @@ class DTSLinear(BankedModule):
         slots: table of names shared with other layers of a model.
 
     Raises:
-        DTSError: ``prepack`` for another layer, see `prepack.pack_`.
+        DTSError: a layer without such a weight; ``prepack`` for another layer, see `prepack.pack_`.
 
     Input ``[..., in_features]``, first dimension the batch; output ``[..., out_features]`` in the same dtype.
     """
@@ -55,7 +56,15 @@ class DTSLinear(BankedModule):
         elif has_features(base_layer):  # the weight of a quantised layer may have any shape
             n, k = base_layer.out_features, base_layer.in_features
         else:
-            n, k = base_layer.weight.shape
+            weight = getattr(base_layer, "weight", None)
+            if not isinstance(weight, Tensor) or weight.dim() != 2:
+                shape = list(weight.shape) if isinstance(weight, Tensor) else None
+                raise DTSError(
+                    f"DTSLinear: expected a layer that acts like a linear, with a weight [N, K], got "
+                    f"{type(base_layer).__name__} with a weight of shape {shape}. nn.wrap and DTSModel choose the "
+                    "wrapper that a layer needs."
+                )
+            n, k = weight.shape
         super().__init__(base_layer, (n, k), max_adapters, slots, max_rank, arena)
         if prepack:
             pack_(base_layer)

@@ -1,0 +1,58 @@
+"""What a checkpoint calls a parameter, and what the model in memory calls it.
+
+The two differ where transformers renames on loading (ViT's ``encoder.layer.0.attention...query`` is
+``layers.0.attention.q_proj`` in memory); it can tell what saving would turn a state dict into.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .checkpoint import Checkpoint, common_prefix
+
+
+def names_in_checkpoint(model: nn.Module) -> dict[str, str]:
+    """The name each parameter has in a checkpoint of this model, to its name in the model."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = {name: name for name in parameters}
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # no transformers, or a release that does not rename
+        return names
+    if not isinstance(model, PreTrainedModel):
+        return names
+    # Tied parameters are one tensor under several names; a view of each keeps the names apart.
+    views = {name: parameter.detach() for name, parameter in parameters.items()}
+    own_name = {id(view): name for name, view in views.items()}
+    for name, view in revert_weight_conversion(model, views).items():
+        if id(view) in own_name:  # a tensor that saving would split or fuse has no single name
+            names.pop(own_name[id(view)], None)
+            names[name] = own_name[id(view)]
+    return names
+
+
+def live_names(base: Checkpoint) -> dict[str, str]:
+    """The names of a checkpoint's tensors, to those that the model has which its config names; its own where that is
+    not known."""
+    names = {name: name for name in base.tensors}
+    model = _empty_model(base.config)
+    if model is None:
+        return names
+    of_model = names_in_checkpoint(model)
+    strip, add = common_prefix(of_model, base.tensors)
+    renamed = {add + name.removeprefix(strip): live for name, live in of_model.items()}
+    return names | {name: live for name, live in renamed.items() if name in names}
+
+
+def _empty_model(config: dict) -> nn.Module | None:
+    """The model class of a config, without memory; None where it is not known here."""
+    try:
+        import transformers
+
+        model_class = getattr(transformers, str((config.get("architectures") or [None])[0]))
+        with torch.device("meta"):
+            return model_class(transformers.AutoConfig.for_model(**config))
+    except Exception:  # no transformers, a class of the user's own, a config that it does not take
+        return None
