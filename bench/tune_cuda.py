@@ -50,13 +50,13 @@ def main() -> None:
     options = parser.parse_args()
     if (reason := why_not_cuda()) is not None:
         parser.exit(1, f"the CUDA kernels do not run: {reason} ({native.REASON})\n")
-    until = time.monotonic() + 60 * options.minutes
+    until, faults = time.monotonic() + 60 * options.minutes, 0
     with options.out.open("w", encoding="utf-8") as out:
         out.write(json.dumps({"header": header() | {"l2_bytes": last_level_cache("cuda")}}) + "\n")
         for m in options.rows:
             for layer, (n, k) in MODELS[options.model].items():
                 if time.monotonic() > until:
-                    return
+                    break
                 point = Point(n, k, m, torch.bfloat16)
                 candidates = {
                     "F.linear": [lambda w=w, x=point.x: torch.nn.functional.linear(x, w) for w in point.weights]
@@ -67,15 +67,22 @@ def main() -> None:
                     if m <= 8 * shape[0] <= 2 * max(m, 8):
                         for launch in ([*shape, slices, dependent] for slices in SLICES for dependent in (0, 1)):
                             candidates[str(launch)] = runs(point, launch)
-                for name, calls in candidates.items():
-                    if name != "F.linear":
-                        point.check(calls[0]())
+                for name in [name for name in candidates if name != "F.linear"]:
+                    try:
+                        point.check(candidates[name][0]())
+                    except RuntimeError as error:  # wrong, or refused: the others are still worth their time
+                        faults += 1
+                        del candidates[name]
+                        out.write(json.dumps({"layer": layer, "m": m, "shape": name, "error": str(error)}) + "\n")
+                        print(f"{layer}, {m} rows, {name}: {error}", flush=True)
                 for timing in time_in_turns(candidates, "F.linear", 7, 2e-3, "cuda"):
                     row = {"layer": layer, "n": n, "k": k, "m": m, "shape": timing.candidate}
                     row |= {"microseconds": round(1e3 * timing.ms, 3), "ratio": round(timing.ratio, 4)}
                     out.write(json.dumps(row) + "\n")
                     out.flush()
                     print(row, flush=True)
+    if faults:
+        raise SystemExit(f"{faults} launches were wrong or refused: see above")
 
 
 if __name__ == "__main__":

@@ -36,13 +36,13 @@ CHOICES = {
     "block_n": (16, 32, 64, 128),
     "block_k": (64, 128, 256),
     "stages": (3, 4, 5, 6, 8),
+    "together": (0, 16, 32, 64),
     "splits": (1, 2, 4, 8, 16, 32),
     "pages": (1, 2, 4, 8, 16),
     "warps": (2, 4, 8),
     "shrink_block_k": (32, 64, 128, 256),
     "shrink_pages": (1, 2, 4, 8),
     "shrink_warps": (1, 2, 4, 8),
-    "together": (0, 16, 32, 64),
 }
 
 
@@ -103,7 +103,13 @@ def tune(point: Point, start: Config, capability: int, pool: ProcessPoolExecutor
     for name in CHOICES:
         candidates = [best, *neighbours(best, name, point.dtype, capability)]
         work = [(point.n, point.k, point.m, point.dtype, config) for config in candidates]
-        works = [c for c, fault in zip(candidates, pool.map(compile_one, work), strict=True) if fault is None]
+        faults = dict(zip(candidates, pool.map(compile_one, work), strict=True))
+        for config, fault in faults.items():
+            if fault is not None:
+                print(f"{config}: {fault}", flush=True)
+        if any("wrong by" in fault or "CUDA error" in fault for fault in faults.values() if fault):
+            raise SystemExit("a kernel computes something else, or fails: see above; nothing more is tuned")
+        works = [config for config, fault in faults.items() if fault is None]
         runs = {"F.linear": plain} | {repr(config): point.runs(config) for config in works}
         timings = {t.candidate: t.ratio for t in time_in_turns(runs, "F.linear", 7, 2e-3, "cuda")}
         ratio = timings.get(repr(best), float("inf"))  # of this round: others had other neighbours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,51 @@ def test_every_launch_of_the_decode_kernel_computes_the_same(shape, slices, depe
         x = x * 1  # by a kernel right before
         torch.ops.dts_fast.decode_(again, x, layer.base_layer.weight, None, *layer.bank.tensors, ids, launch)
         assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("m", [1, 16, 32, 64])
+def test_more_blocks_than_the_device_holds_at_once(m):
+    """Blocks that wait for others must not keep these from starting."""
+    layer, dense = layer_of(28672, 1024, torch.bfloat16, adapters=2)
+    x = torch.randn(m, 1024, device="cuda").bfloat16()
+    slots = [(i % 3) - 1 for i in range(m)]
+    weight, bank = layer.base_layer.weight, layer.bank.tensors
+    ids = torch.tensor(slots, dtype=torch.int32, device="cuda")
+    with torch.no_grad():
+        truth = expected(x, dense, slots)
+        close(ops.linear(x, weight, None, *bank, ids), truth)
+        if gpu.why_not_triton() is None:
+            from dts_fast.triton import linear
+            from dts_fast.triton.configs import choose
+
+            major, minor = torch.cuda.get_device_capability()
+            config = choose(m, 28672, 1024, x.dtype, bank[1].shape[1], 10 * major + minor, True)
+            for together in (0, 1, 48):
+                y = linear(x, weight, None, *bank, ids, config=replace(config, together=together))
+                close(y, truth)
+
+
+def test_graphs_are_replayed_beside_each_other():
+    layer, dense = layer_of(4096, 1024, torch.bfloat16)
+    x = torch.randn(8, 1024, device="cuda").bfloat16()
+    weight, bank, streams = layer.base_layer.weight, layer.bank.tensors, [torch.cuda.Stream() for _ in range(2)]
+    captured = []
+    with torch.no_grad():
+        for slots in ([0, 1, 2, -1] * 2, [2] * 8):
+            ids = torch.tensor(slots, dtype=torch.int32, device="cuda")
+            ops.linear(x, weight, None, *bank, ids)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(20):
+                    y = ops.linear(x, weight, None, *bank, ids)
+            captured.append((graph, y, expected(x, dense, slots), ids))
+        for _ in range(10):
+            for stream, (graph, *_) in zip(streams, captured, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+        torch.cuda.synchronize()
+        for _, y, truth, _ in captured:
+            close(y, truth)
 
 
 def test_a_graph_is_replayed_with_other_slots_and_adapters():

@@ -31,7 +31,7 @@ struct Shared {
   // Warps whose sums are here at a time: all, or half of them where that would be more than a block may have.
   static constexpr bool kLarge = kWarps * 8 * kRowTiles * (kOutputs + 4) > 10000;
   static constexpr int kParts = kLarge ? (kWarps + 1) / 2 : kWarps;
-  float parts[kParts][8 * kRowTiles][kOutputs + 4];
+  alignas(16) float parts[kParts][8 * kRowTiles][kOutputs + 4];
   uint32_t words[kStaged][kOutputs];
   Table tables[kStaged];
   // By row; where a row is the first with its slot: its pages are number `begin` .. `begin + count` of the batch's.
@@ -44,6 +44,17 @@ struct Shared {
 
 // The block's barriers: all of it, and what is known about the batch.
 constexpr int kKnown = 1;
+
+__device__ __forceinline__ void add(float4& sum, const float4& part) {
+  sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+}
+
+// What the kernel before this one may have written. Where that may still have been running when this one began, neither
+// as constant memory nor from the first-level cache.
+template <class V>
+__device__ __forceinline__ V load_result(const DecodeProblem& p, const V* at) {
+  return p.dependent ? __ldcg(at) : __ldg(at);
+}
 
 // Four levels over the largest, which goes into h: float16 holds them whatever their size. Returns that largest. What
 // is no finite number goes into h alone, which only the rows of its slot have; in the table it would reach all of them.
@@ -90,7 +101,7 @@ __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32
 #pragma unroll
         for (int j = 0; j < kRowTiles; ++j) {
           if (chunk < end && k < p.k && mine[j]) {
-            xs[i][j] = __ldg(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k));
+            xs[i][j] = load_result(p, reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k));
           }
         }
       }
@@ -155,14 +166,18 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, int slot, u
     arrived = fetch_increment(p.counters + kArrivals + first * p.list_length + place_in_list, p.splits - 1);
   if (__shfl_sync(0xffffffff, arrived, 0) != static_cast<uint32_t>(p.splits - 1)) return;
   __syncwarp();
-  for (int row = lane >> 4; row < p.m; row += 2) {
+  // Four columns a lane, eight rows at a time: few trips to memory, as all blocks may be waiting for this.
+  for (int row = lane >> 2; row < p.m; row += 8) {
     if (!(same >> row & 1)) continue;
-    const int64_t column = place_in_list * kRanks + (lane & 15);
-    float sum = 0.0f;
+    const int64_t at = row * width + place_in_list * kRanks + 4 * (lane & 3);
+    float4 sum = {};
+#pragma unroll 4
     for (int i = 0; i < p.splits; ++i) {
-      sum += __ldcg(p.partial + (static_cast<int64_t>(i) * p.m + row) * width + column);
+      const float4 part =
+          __ldcg(reinterpret_cast<const float4*>(p.partial + static_cast<int64_t>(i) * p.m * width + at));
+      add(sum, part);
     }
-    h[row * width + column] = from_float<T>(sum);
+    *reinterpret_cast<uint2*>(h + at) = {pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w)};
   }
 }
 
@@ -191,7 +206,7 @@ template <class S>
 __device__ __forceinline__ void know_batch(const DecodeProblem& p, S& shared) {
   constexpr int kAtOnce = 8;
   const int lane = threadIdx.x & 31;
-  const int slot = lane < p.m ? __ldg(p.slot_ids + lane) : -1;
+  const int slot = lane < p.m ? load_result(p, p.slot_ids + lane) : -1;
   const uint32_t same = __match_any_sync(0xffffffff, slot);
   int count = 0;
   if (slot >= 0 && __ffs(same) - 1 == lane) {
@@ -319,8 +334,9 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int
     }
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j) {
-      xs[i][j] =
-          inside && 8 * j + g < p.m ? __ldg(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k)) : uint4{};
+      xs[i][j] = inside && 8 * j + g < p.m
+                     ? load_result(p, reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k))
+                     : uint4{};
     }
   };
 #pragma unroll
@@ -344,51 +360,93 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int
   }
 }
 
-// Adds h U^T for the block's outputs: every distinct slot's pages once, dealt out to the warps of all slices by slot
+// Which pages of the batch a warp adds: those of every distinct slot once, dealt out to the warps of all slices by slot
 // and place, so that a row's sums are added in the same order whatever the other rows use.
+template <class S>
+struct PagesOfWarp {
+  const S& shared;
+  uint32_t left;  // rows that are the first with their slots, and not done
+  int part, parts;
+  int row = 0, at = 0, count = 0;  // the next page is number `at` of the slot of row `row`
+
+  __device__ __forceinline__ PagesOfWarp(const S& all, int lane, int own, int of)
+      : shared(all), left(__ballot_sync(0xffffffff, all.count[lane] > 0)), part(own), parts(of) {
+    begin();
+  }
+  __device__ __forceinline__ bool done() const { return !left; }
+  __device__ __forceinline__ void advance() {
+    at += parts;
+    if (at < count) return;
+    left &= left - 1;
+    begin();
+  }
+
+ private:
+  __device__ __forceinline__ void begin() {
+    for (; left; left &= left - 1) {
+      row = __ffs(left) - 1;
+      count = shared.count[row];
+      at = (part + parts - shared.slot[row] % parts) % parts;
+      if (at < count) return;
+    }
+  }
+};
+
+// Adds h U^T for the block's outputs. Several pages are on their way at once: beyond those that are staged each is a
+// chain of trips to memory (its number, its codes).
 template <class T, int kRowTiles, int kOutputTiles, int kWarps, class S>
 __device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, int slice, const S& shared,
                                             float (&sums)[kOutputTiles][kRowTiles][4]) {
+  constexpr int kAtOnce = kRowTiles == 4 ? 2 : 4;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
-  const int part = slice * kWarps + warp, parts = p.slices * kWarps;
   const int64_t width = static_cast<int64_t>(kRanks) * p.list_length;
-  uint32_t left = __ballot_sync(0xffffffff, shared.count[lane] > 0);
-  for (; left; left &= left - 1) {
-    const int row = __ffs(left) - 1, slot = shared.slot[row], count = shared.count[row];
-    const uint32_t same = shared.same[row];
-    for (int l = (part + parts - slot % parts) % parts; l < count; l += parts) {
-      uint2 hs[kRowTiles] = {};
+  PagesOfWarp<S> next(shared, lane, slice * kWarps + warp, p.slices * kWarps);
+  while (!next.done()) {
+    uint2 hs[kAtOnce][kRowTiles] = {};
+    uint32_t words[kAtOnce][kOutputTiles][2] = {};
+    Table tables[kAtOnce] = {};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (next.done()) continue;  // the rest adds zeros
+      const uint32_t same = shared.same[next.row];
 #pragma unroll
       for (int j = 0; j < kRowTiles; ++j) {
         if (same >> (8 * j + g) & 1) {
-          const T* const h = static_cast<const T*>(p.h) + (8 * j + g) * width + l * kRanks + 4 * t;
-          hs[j] = __ldcg(reinterpret_cast<const uint2*>(h));  // written in this launch: not from this level's cache
+          const T* const h = static_cast<const T*>(p.h) + (8 * j + g) * width + next.at * kRanks + 4 * t;
+          hs[i][j] = __ldcg(reinterpret_cast<const uint2*>(h));  // written in this launch: not from this level's cache
         }
       }
-      const int number = shared.begin[row] + l;
+      const int number = shared.begin[next.row] + next.at;
       const bool staged = number < S::kStaged;
-      Table table;
       const uint32_t* page = nullptr;
       if (staged) {
-        table = shared.tables[number];
+        tables[i] = shared.tables[number];
       } else {
-        page = p.pages + __ldg(p.slot_pages + static_cast<int64_t>(slot) * p.list_length + l) * p.page_words;
-        load_table<T>(page, kULevels, table);
+        const int64_t entry = static_cast<int64_t>(shared.slot[next.row]) * p.list_length + next.at;
+        page = p.pages + __ldg(p.slot_pages + entry) * p.page_words;
+        load_table<T>(page, kULevels, tables[i]);
       }
 #pragma unroll
       for (int o = 0; o < kOutputTiles; ++o) {
-        uint32_t words[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int output = 16 * o + 8 * half + g;
-          words[half] = staged                 ? shared.words[number][output]
-                        : first + output < p.n ? __ldg(page + p.u_tiles + first + output)
-                                               : 0;
+          words[i][o][half] = staged                 ? shared.words[number][output]
+                              : first + output < p.n ? __ldg(page + p.u_tiles + first + output)
+                                                     : 0;
         }
-        const Pairs top = decode(table, expand_codes(words[0], t)), bottom = decode(table, expand_codes(words[1], t));
+      }
+      next.advance();
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+      for (int o = 0; o < kOutputTiles; ++o) {
+        const Pairs top = decode(tables[i], expand_codes(words[i][o][0], t));
+        const Pairs bottom = decode(tables[i], expand_codes(words[i][o][1], t));
 #pragma unroll
         for (int j = 0; j < kRowTiles; ++j) {
-          mma<T>(sums[o][j], top.first, bottom.first, top.second, bottom.second, hs[j].x, hs[j].y);
+          mma<T>(sums[o][j], top.first, bottom.first, top.second, bottom.second, hs[i][j].x, hs[i][j].y);
         }
       }
     }
@@ -422,11 +480,14 @@ __device__ __forceinline__ void share_sums(S& shared, float (&sums)[kOutputTiles
   if (warp < kParts) each(warp, store);
 }
 
+// The sums of four neighbouring outputs of a row.
 template <class S>
-__device__ __forceinline__ float block_sum(const S& shared, int row, int output) {
-  float sum = 0.0f;
+__device__ __forceinline__ float4 block_sum(const S& shared, int row, int output) {
+  float4 sum = {};
 #pragma unroll
-  for (int part = 0; part < S::kParts; ++part) sum += shared.parts[part][row][output];
+  for (int part = 0; part < S::kParts; ++part) {
+    add(sum, *reinterpret_cast<const float4*>(&shared.parts[part][row][output]));
+  }
   return sum;
 }
 
@@ -446,7 +507,7 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRow
     arrive<kKnown>(kThreads);
     if (shared.pages) {
       shrink_claims<T, kRowTiles>(p, blocks, shared);
-      if (lane == 0) shared.exhausted = 1;
+      if (lane == 0) set_flag(&shared.exhausted);
       stage_expand<T, kOutputTiles>(p, first, shared);
       const uint32_t claims = shared.pages * p.splits;
       if (lane == 0) wait_for(p.counters + kDone, claims);
@@ -456,28 +517,32 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRow
     let_next_kernel_begin();  // all blocks of this one are running, and leave soon
     meet<kKnown>(kThreads);
     // Where rows differ there may be more to shrink than one warp of each block has done by now.
-    const int exhausted = lane == 0 ? load_volatile(&shared.exhausted) : 0;
+    const int exhausted = lane == 0 ? read_flag(&shared.exhausted) : 0;
     if (shared.pages && !__shfl_sync(0xffffffff, exhausted, 0)) shrink_claims<T, kRowTiles>(p, blocks, shared);
   }
   __syncthreads();
   if (warp < kWarps) {
     expand_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, slice, shared, sums);
-  } else if (shared.pages && lane == 0) {
-    // Seen. All claims of this block were taken before the barrier above, and the last block to say so finds all taken.
-    const uint32_t bound = shared.pages * p.splits + blocks - 1;
-    if (fetch_increment(p.counters + kDone, bound) == bound) p.counters[kClaimed] = 0;
   }
   share_sums<kRowTiles, kOutputTiles, kWarps>(shared, sums);
   __syncthreads();
-  const int64_t slice_stride = static_cast<int64_t>(p.m) * p.n;
+  if (warp == kWarps && shared.pages && lane == 0) {
+    // Seen. All claims of this block were taken before the barriers above, and the last block to say so finds all
+    // taken. Here, where no one waits for it.
+    const uint32_t bound = shared.pages * p.splits + blocks - 1;
+    if (fetch_increment(p.counters + kDone, bound) == bound) p.counters[kClaimed] = 0;
+  }
+  // Four outputs of a row at a time.
+  constexpr int kFours = kOutputs / 4;
+  const int64_t block_size = static_cast<int64_t>(p.m) * kOutputs;
+  const int64_t slice_size = block_size * (blocks / p.slices);
+  float* const partial = p.slice_partial + place_in_n * block_size;
   if (p.slices > 1) {
     // As the shrink's: whoever comes last adds up all slices, in their order. The barrier hands on to thread 0 what the
     // others have stored, and its count releases it; what it acquires the next barrier hands to all.
-    for (int i = threadIdx.x; i < p.m * kOutputs; i += kThreads) {
-      const int row = i / kOutputs, output = i % kOutputs;
-      if (first + output >= p.n) continue;
-      float* const place = p.slice_partial + slice * slice_stride + static_cast<int64_t>(row) * p.n + first + output;
-      __stcg(place, block_sum(shared, row, output));
+    for (int i = threadIdx.x; i < p.m * kFours; i += kThreads) {
+      __stcg(reinterpret_cast<float4*>(partial + slice * slice_size + 4 * i),
+             block_sum(shared, i / kFours, i % kFours * 4));
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -489,24 +554,31 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRow
     if (!shared.last) return;
   }
   T* const y = static_cast<T*>(p.y);
-  for (int i = threadIdx.x; i < p.m * kOutputs; i += kThreads) {
-    const int row = i / kOutputs, output = i % kOutputs;
-    if (first + output >= p.n) continue;
-    float sum = 0.0f;
+  for (int i = threadIdx.x; i < p.m * kFours; i += kThreads) {
+    const int row = i / kFours, output = first + i % kFours * 4;
+    float4 sum = {};
     if (p.slices > 1) {
-      const float* const place = p.slice_partial + static_cast<int64_t>(row) * p.n + first + output;
-      for (int other = 0; other < p.slices; ++other) sum += __ldcg(place + other * slice_stride);
+#pragma unroll 4
+      for (int other = 0; other < p.slices; ++other) {
+        add(sum, __ldcg(reinterpret_cast<const float4*>(partial + other * slice_size + 4 * i)));
+      }
     } else {
-      sum = block_sum(shared, row, output);
+      sum = block_sum(shared, row, output - first);
     }
-    T* const place_in_y = y + row * p.y_stride + first + output;
-    if constexpr (kBase) {
-      if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[first + output]);
-    } else {
-      if (shared.slot[row] < 0) continue;
-      sum += to_float(*place_in_y);
+    if (!kBase && shared.slot[row] < 0) continue;
+    const float four[4] = {sum.x, sum.y, sum.z, sum.w};
+    T* const place_in_y = y + row * p.y_stride + output;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (output + j >= p.n) continue;
+      float value = four[j];
+      if constexpr (kBase) {
+        if (p.bias) value += to_float(static_cast<const T*>(p.bias)[output + j]);
+      } else {
+        value += to_float(place_in_y[j]);
+      }
+      place_in_y[j] = from_float<T>(value);
     }
-    *place_in_y = from_float<T>(sum);
   }
 }
 

@@ -36,7 +36,7 @@ struct DecodeProblem {
   float* partial;        // [splits, m, 16 list_length]
   void* h;               // [m, 16 list_length] in the type of x
   int slices;            // of the base's sums over k, each in blocks of its own
-  float* slice_partial;  // [slices, m, n]; null for one slice
+  float* slice_partial;  // [slices, blocks of n, m, outputs of a block]; not read for one slice
   bool dependent;        // launched so that it may begin before the kernel in front of it has ended
   uint32_t* counters;    // [kArrivals + m list_length + blocks_of]
 };
@@ -55,21 +55,21 @@ inline int64_t blocks_of(const DecodeShape& shape, int64_t n) {
 // more rows want more outputs of a block, and where that leaves multiprocessors idle, slices of k. A slice costs a
 // round trip to memory at the end: up to 16 rows, half of the multiprocessors are enough for all of the memory's
 // bandwidth. From bytes in flight, not measured yet.
-inline DecodeShape choose_shape(int64_t m, int64_t n, int64_t k, int multiprocessors) {
+inline DecodeShape choose_shape(int64_t m, int64_t n, int64_t k, bool base, int multiprocessors) {
   const int row_tiles = m <= 8 ? 1 : m <= 16 ? 2 : 4;
   DecodeShape shape = {row_tiles, 1, 15, 1};
   if (row_tiles == 4) {
-    shape = {4, 4, 7, 1};
+    shape = {4, base ? 4 : 2, 7, 1};  // without a base more blocks, that share the shrink
   } else if (blocks_of(shape, n) > multiprocessors) {
     // Twice the outputs for as much of x.
     shape = row_tiles == 1 ? DecodeShape{1, 1, 7, 1} : DecodeShape{2, 2, 15, 1};
     if (row_tiles == 2 && blocks_of(shape, n) > multiprocessors) shape.warps = 7;
   }
   const int64_t blocks = blocks_of(shape, n), idle = row_tiles == 4 ? 2 : 3;
-  if (idle * blocks <= multiprocessors) {
-    constexpr int kLeast = 64;  // elements of k for each warp
+  if (base && idle * blocks <= multiprocessors) {
+    constexpr int kLeast = 64, kMost = 8;  // elements of k for each warp; slices for the last one to add up
     const int64_t most = std::min<int64_t>(multiprocessors / blocks, k / (kLeast * shape.warps));
-    shape.slices = static_cast<int>(std::max<int64_t>(most, 1));
+    shape.slices = static_cast<int>(std::clamp<int64_t>(most, 1, kMost));
   }
   return shape;
 }

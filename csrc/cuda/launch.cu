@@ -1,4 +1,6 @@
 // Launches: the instances of the kernels, and which of them a call wants.
+#include <atomic>
+
 #include "decode.cuh"
 
 namespace dts_fast::cuda {
@@ -16,8 +18,11 @@ cudaError_t launch(const DecodeProblem& p, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = p.dependent ? 1 : 0;
-  return p.base ? cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kWarps, true>, p)
-                : cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kWarps, false>, p);
+  const cudaError_t error =
+      p.base ? cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kWarps, true>, p)
+             : cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kWarps, false>, p);
+  if (error != cudaSuccess) cudaGetLastError();  // reported here: not to be found by whoever asks next
+  return error;
 }
 
 template <class T>
@@ -38,10 +43,16 @@ int launch_decode(const DecodeProblem& p, const DecodeShape& shape, bool bfloat1
 }
 
 bool dependent_launches() {
+  constexpr int kMostDevices = 64;
+  static std::atomic<signed char> known[kMostDevices];  // 0: not asked yet, 1: yes, -1: no
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMostDevices) return false;
+  if (known[device]) return known[device] > 0;
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, decode_kernel<__nv_bfloat16, 1, 1, 7, true>);
   // Machine code for an older one, or its PTX, does not wait for the kernel before it.
-  return error == cudaSuccess && attributes.binaryVersion >= 90 && attributes.ptxVersion >= 90;
+  known[device] = error == cudaSuccess && attributes.binaryVersion >= 90 && attributes.ptxVersion >= 90 ? 1 : -1;
+  return known[device] > 0;
 }
 
 int decode_runs() {

@@ -76,7 +76,9 @@ __device__ __forceinline__ void wait_for(const uint32_t* p, uint32_t number) {
   asm volatile("fence.acq_rel.gpu;" : : : "memory");
 }
 
-__device__ __forceinline__ int load_volatile(const int* p) { return *static_cast<const volatile int*>(p); }
+// A flag in shared memory that others may read at any time.
+__device__ __forceinline__ void set_flag(int* p) { atomicExch(p, 1); }
+__device__ __forceinline__ int read_flag(int* p) { return atomicOr(p, 0); }
 
 __device__ __forceinline__ uint32_t fetch_add(uint32_t* p) {
   uint32_t old;

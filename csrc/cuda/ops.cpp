@@ -22,9 +22,10 @@ bool aligned(const at::Tensor& t) {
 
 // The shape of a launch: what the sizes suggest, or what a bench wants to measure.
 DecodeShape choose(int64_t m, int64_t n, int64_t k, bool base, int multiprocessors, at::IntArrayRef wanted) {
-  DecodeShape shape = choose_shape(m, n, k, multiprocessors);
+  DecodeShape shape = choose_shape(m, n, k, base, multiprocessors);
   if (!wanted.empty()) {
-    TORCH_CHECK_VALUE(wanted.size() == 5 && 8 * wanted[0] >= m && wanted[3] >= 1 && wanted[3] <= 64,
+    TORCH_CHECK_VALUE(wanted.size() == 5 && 8 * wanted[0] >= m && wanted[1] >= 1 && wanted[2] >= 1 && wanted[3] >= 1 &&
+                          wanted[3] <= 64,
                       "dts_fast: shape: expected [row tiles, output tiles, warps, slices, dependent] for ", m,
                       " rows, got ", wanted);
     const auto number = [&](int i) { return static_cast<int>(wanted[i]); };
@@ -69,7 +70,8 @@ void decode_(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>
   // Not measured yet, so only where a bench asks for it.
   p.dependent = !wanted.empty() && wanted[4] && dependent_launches();
   p.partial = partial.mutable_data_ptr<float>(), p.h = h.mutable_data_ptr();
-  const at::Tensor sliced = at::empty({shape.slices > 1 ? shape.slices : 0, m, n}, partial.options());
+  const int64_t rounded_n = blocks_of(shape, n) * 16 * shape.output_tiles;
+  const at::Tensor sliced = at::empty({shape.slices > 1 ? shape.slices : 0, m, rounded_n}, partial.options());
   p.slices = shape.slices, p.slice_partial = sliced.mutable_data_ptr<float>();
   p.counters = counters(stream, kArrivals + m * length + blocks_of(shape, n));
   const int error = launch_decode(p, shape, x.scalar_type() == at::kBFloat16, stream);

@@ -29,6 +29,9 @@ def counters(count: int, device: torch.device) -> Tensor:
                 return torch.zeros(count, dtype=torch.int32, device=device)
             return _take(count, device)
         key = device, torch.cuda.current_stream(device).cuda_stream
+        slab = _slabs.get(device)
+        if slab is not None and slab.numel() < _SLAB // 2:
+            _slabs[device] = _new_slab(_SLAB, device)  # before captures, which cannot, have used it up
         own = _of_stream.get(key)
         if own is None or own.numel() < count:
             own = _of_stream[key] = _take(count, device)
@@ -40,7 +43,12 @@ def _take(count: int, device: torch.device) -> Tensor:
     count = -(-count // _LINE) * _LINE
     slab = _slabs.get(device)
     if slab is None or slab.numel() < count:
-        slab = torch.zeros(max(_SLAB, count), dtype=torch.int32, device=device)
-        torch.cuda.synchronize(device)  # set before any other stream counts
+        slab = _new_slab(max(_SLAB, count), device)
     _slabs[device] = slab[count:]
     return slab[:count]
+
+
+def _new_slab(count: int, device: torch.device) -> Tensor:
+    slab = torch.zeros(count, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)  # set before any other stream counts
+    return slab

@@ -244,14 +244,12 @@ def _hidden(h, rows, slots, slot, page, l0, L, PAGES: tl.constexpr):
 
 
 @triton.jit
-def _wait_for_shrink(agreement, SHRINKERS: tl.constexpr, blocks):
-    """Returns when a tile's programs that shrink have ended (`together_kernel`); the last to see it leaves all at 0."""
+def _wait_for_shrink(agreement, SHRINKERS: tl.constexpr):
+    """Returns when a tile's programs that shrink have ended (`together_kernel`)."""
     done = tl.atomic_add(agreement + 1, 0, sem="acquire")
     while done < SHRINKERS:
         done = tl.atomic_add(agreement + 1, 0, sem="acquire")
     tl.debug_barrier()
-    if tl.atomic_add(agreement + 2, 1, sem="acq_rel") == blocks - 1:
-        tl.store(agreement + tl.arange(0, 4), 0, mask=tl.arange(0, 4) < 3)
 
 
 @triton.jit
@@ -290,7 +288,7 @@ def _linear_block(
     if PDL:
         tl_cuda.gdc_wait()
     if SHRINKERS > 0:
-        _wait_for_shrink(agreement + 3 * tile, SHRINKERS, blocks)
+        _wait_for_shrink(agreement + 3 * tile, SHRINKERS)
     for step in tl.range(0, distinct * groups, num_stages=1):
         l0 = step % groups * PAGES
         next_slot, next_page = _pages_of(
@@ -310,6 +308,10 @@ def _linear_block(
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     to = y + rows[:, None].to(tl.int64) * N + columns[None, :]
     tl.store(to, acc.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+    if SHRINKERS > 0:
+        # The last block of the tile, after which no one asks, leaves all at 0 for the next launch.
+        if tl.atomic_add(agreement + 3 * tile + 2, 1, sem="acq_rel") == blocks - 1:
+            tl.store(agreement + 3 * tile + tl.arange(0, 4), 0, mask=tl.arange(0, 4) < 3)
 
 
 @triton.jit(do_not_specialize=["M", "L"])

@@ -56,7 +56,8 @@ inline uint4 load_once(const void* p, uint64_t) { return __ldg(static_cast<const
 inline void wait_for(const uint32_t* p, uint32_t number) {
   while (*p < number) emulated::yield();
 }
-inline int load_volatile(const int* p) { return *p; }
+inline void set_flag(int* p) { *p = 1; }
+inline int read_flag(int* p) { return *p; }
 inline uint32_t fetch_add(uint32_t* p) {
   ++emulated::events;
   return (*p)++;
@@ -134,7 +135,8 @@ void run(const Case& c) {
   std::vector<Bf16> h(c.m * width + 8, Bf16{0x7fc0});
   const DecodeShape shape = {kRowTiles, kOutputTiles, kWarps, kBase ? c.slices : 1};
   std::vector<uint32_t> counters(kArrivals + c.m * c.list_length + blocks_of(shape, c.n) + 1, 0);
-  std::vector<float> slice_partial(static_cast<size_t>(shape.slices) * c.m * c.n, NAN);
+  const int64_t rounded_n = blocks_of(shape, c.n) * 16 * kOutputTiles;
+  std::vector<float> slice_partial(static_cast<size_t>(shape.slices) * c.m * rounded_n, NAN);
   DecodeProblem p = {};
   p.x = aligned(x), p.x_stride = x_stride;
   p.base = kBase;
