@@ -426,7 +426,9 @@ class _Stored:
         """Whether no number is NaN or Inf; False also where that would have to be asked tensor by tensor."""
         if len(self.views) < len(self.entries):
             return False
-        return all(bool(part.isfinite().all()) for part in self.parts.values() if part.is_floating_point())
+        floats = [part for part in self.parts.values() if part.is_floating_point()]
+        # Types of one byte have few operations.
+        return all(bool((p.float() if p.element_size() == 1 else p).isfinite().all()) for p in floats)
 
 
 def _read(stored: _Stored, name: str, kind: str, shape: tuple[int, ...] | None) -> Parameter:

@@ -23,11 +23,13 @@ def check_target(target: Path, *, overwrite: bool, marker: str) -> None:
     Raises:
         DTSError: it exists and must not be overwritten, or its parent is not writable.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if os.path.ismount(target):
+        raise DTSError(f"{target} is a mount point, which cannot be replaced whole. Choose a directory below it.")
+    if target.exists() and not (target.is_dir() and os.access(target, os.R_OK) and not any(target.iterdir())):
         if not (target / marker).is_file():
             raise DTSError(
-                f"{target} exists and holds no {marker}, so it is something else; nothing was changed. Choose another "
-                "path."
+                f"{target} exists and holds no {marker}, so it is something else, which is not overwritten; nothing "
+                "was changed. Choose another path."
             )
         if not overwrite:
             raise DTSError(f"{target} exists already; nothing was changed. Choose another path, or pass --overwrite.")
@@ -77,10 +79,11 @@ def check_file(target: str | Path) -> None:
         DTSError: its directory is not there or not writable, or it is a directory itself.
     """
     target = Path(target)
-    if target.is_dir() or not target.absolute().parent.is_dir():
+    folder = target.absolute().parent
+    if (target.exists() and not target.is_file()) or not folder.is_dir():
         raise DTSError(f"{target} cannot be written: expected a file in a directory that exists. Choose another file.")
-    if not os.access(target if target.exists() else target.absolute().parent, os.W_OK):
-        raise DTSError(f"{target} cannot be written: it is not writable. Choose another file.")
+    if not os.access(folder, os.W_OK | os.X_OK):  # it is written beside, and renamed
+        raise DTSError(f"{target} cannot be written: {folder} is not writable. Choose another file.")
 
 
 def write_text(target: str | Path, text: str) -> None:

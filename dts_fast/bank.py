@@ -66,6 +66,7 @@ class Bank(nn.Module):
     slot_pages: Tensor
     slot_weights: Tensor
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         page_nbytes: int,
@@ -197,7 +198,7 @@ class Bank(nn.Module):
 
     def _list(self, slot: int, pages: list[int], weights: Tensor | float) -> None:
         _, slot_pages, slot_weights = self.tensors
-        if slot_pages.is_cuda:
+        if slot_pages.device.type != "cpu":
             own_weights = slot_weights[slot, : len(pages)]
             if isinstance(weights, Tensor):
                 own_weights.copy_(weights)
@@ -253,6 +254,7 @@ class Bank(nn.Module):
         # ones are not written to any more.
         self._buffers = grown
 
+    @torch.inference_mode(False)
     def _apply(self, fn, recurse=True):
         # Moves between devices only: `.half()` of a model must not round slot weights.
         device = fn(torch.empty(0, device=self.pages.device)).device

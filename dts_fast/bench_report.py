@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,8 @@ def check_plot(path: str | Path) -> None:
     """
     if Path(path).suffix not in PLOTS:
         raise DTSError(f"{path}: expected a plot's file to end in {', '.join(PLOTS)}, got {Path(path).suffix!r}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DTSError("a plot needs matplotlib: pip install 'dts_fast[bench]'.")
     check_file(path)
 
 
@@ -102,10 +105,9 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
     Raises:
         DTSError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise DTSError("a plot needs matplotlib: pip install 'dts_fast[bench]'.") from error
+    check_plot(path)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

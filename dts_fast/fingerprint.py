@@ -123,7 +123,10 @@ def sample(parameter: Tensor | Elements, count: int) -> Tensor:
     positions = _positions(parameter.numel(), count)
     if not isinstance(parameter, Tensor):
         return parameter.elements(positions)
-    return torch.take(parameter, positions.to(parameter.device))
+    positions = positions.to(parameter.device)
+    if parameter.element_size() == 1 or type(parameter) not in (Tensor, torch.nn.Parameter):  # have few operations
+        return parameter.detach().reshape(-1).index_select(0, positions)
+    return torch.take(parameter, positions)
 
 
 def _together(samples: Sequence[Tensor]) -> Tensor:

@@ -35,7 +35,7 @@ def push_adapter(
         DTSError: the hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     fail = f"{repo_id}: the upload failed"
     folder = locate_adapter(path)
@@ -54,6 +54,8 @@ def push_adapter(
         raise DTSError(f"{fail}: not the name of a repository ({error}). Expected user/name.") from error
     except HfHubHTTPError as error:
         raise DTSError(f"{fail}: the hub refused ({error}). Log in with: hf auth login.") from error
+    except LocalTokenNotFoundError as error:
+        raise DTSError(f"{fail}: no access token is stored. Log in with: hf auth login.") from error
     except Exception as error:  # of whatever library the hub's client speaks HTTP with
         raise DTSError(
             f"{fail}: the hub cannot be reached ({type(error).__name__}: {error}). Check the network and HF_ENDPOINT, "

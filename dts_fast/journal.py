@@ -96,7 +96,7 @@ class Journal:
             self._lock.close()
             self.folder = None
             if kept:
-                raise DTSError(
+                raise type(error)(
                     f"{error} What was finished is kept in {folder} for another try with the same --out-path; "
                     "delete it if there will be none."
                 ) from error.__cause__

@@ -224,7 +224,8 @@ class LoraCheckpoint(Checkpoint):
             found = f"not so {incomplete[0]!r}" if incomplete else "found none"
             raise CheckpointError(f"{path}: expected lora_A and lora_B of each module, {found}.")
         names = {f"{module}.weight" for module in pairs} | set(whole)
-        in_base = {live: name for name, live in live_names(base).items()}
+        # By the names in memory, or as older releases of transformers had them: as the checkpoint has them.
+        in_base = {name: name for name in base.tensors} | {live: name for name, live in live_names(base).items()}
         strip, add = common_prefix(names, in_base)
 
         def of_base(name: str) -> str:

@@ -67,9 +67,10 @@ class DTSModel(nn.Module):
         super().__init__()
         if prepack and no_kernels() is not None:
             raise DTSError(f"prepack: {no_kernels()}. Leave prepack off.")
-        if isinstance(model, DTSModel) or any(isinstance(module, DTSModule) for module in model.modules()):
+        of_another = any(isinstance(getattr(h, "__self__", None), DTSModel) for h in model._forward_pre_hooks.values())
+        if isinstance(model, DTSModel) or of_another or any(isinstance(m, DTSModule) for m in model.modules()):
             raise DTSError(
-                "the model has DTS layers already: load_adapter() of its DTSModel takes further adapters, and "
+                "the model is in a DTSModel already: its load_adapter() takes further adapters, and its "
                 "merge_and_unload('__base__') gives the bare model back."
             )
         if eviction not in (None, "lru"):

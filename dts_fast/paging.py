@@ -43,7 +43,8 @@ def pages_of(delta: LowRankDelta | DeltaSum, out: Tensor | None = None) -> Tenso
 
 def write_vector(out: Tensor, base: Tensor, delta: Delta) -> None:
     """Write ``base + delta`` to ``out``, all ``[n]``: the sum in float32 (or wider), rounded once."""
-    if isinstance(delta, CodedVector) and len(delta.shape) == 1 and base.device.type == "cpu":
+    native_takes = isinstance(delta, CodedVector) and len(delta.shape) == 1 and delta.levels.dtype == torch.float32
+    if native_takes and all(t.is_cpu and t.is_contiguous() for t in (out, base, delta.codes, delta.levels)):
         torch.ops.dts_fast.write_vector_(out, base, delta.codes, delta.levels)
     else:
         wide = torch.promote_types(base.dtype, torch.float32)

@@ -6,6 +6,8 @@ The two differ where transformers renames on loading (ViT's ``encoder.layer.0.at
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -46,13 +48,32 @@ def live_names(base: Checkpoint) -> dict[str, str]:
     return names | {name: live for name, live in renamed.items() if name in names}
 
 
-def _empty_model(config: dict) -> nn.Module | None:
-    """The model class of a config, without memory; None where it is not known here."""
+def _empty_model(config: Mapping[str, object]) -> nn.Module | None:
+    """The model class of a config, without memory; None where it is not known here, or where the config could make it
+    fetch something."""
     try:
         import transformers
-
-        model_class = getattr(transformers, str((config.get("architectures") or [None])[0]))
-        with torch.device("meta"):
-            return model_class(transformers.AutoConfig.for_model(**config))
-    except Exception:  # no transformers, a class of the user's own, a config that it does not take
+        from transformers.core_model_loading import revert_weight_conversion  # noqa: F401 (without it nothing is renamed)
+    except ImportError:
         return None
+    model_class = getattr(transformers, str((config.get("architectures") or [None])[0]), None)
+    known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not known or _fetches(config):
+        return None
+    plain = {name: value for name, value in config.items() if name not in _NOT_NEEDED}
+    try:
+        with torch.device("meta"):
+            return model_class(transformers.AutoConfig.for_model(**plain, attn_implementation="eager"))
+    except Exception:  # a config that it does not take
+        return None
+
+
+# What makes a model load another one, or code.
+_FETCHED = frozenset({"backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs", "auto_map"})
+_NOT_NEEDED = frozenset({"attn_implementation", "_attn_implementation", "quantization_config"})
+
+
+def _fetches(config: Mapping[str, object]) -> bool:
+    nested = [value for value in config.values() if isinstance(value, Mapping)]
+    of_its_own = any(config.get(name) for name in _FETCHED) or any(_NOT_NEEDED & part.keys() for part in nested)
+    return of_its_own or any(map(_fetches, nested))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -99,11 +100,16 @@ class route:  # noqa: N801 (used like a function)
         if not any(entered is self for entered in stack):
             return  # it went with one that was entered before
         _ROUTES.base_only = False
-        left = None
-        while left is not self:
-            left = stack.pop()
-            left.left()
+        popped = [stack.pop()]
+        while popped[-1] is not self:
+            popped.append(stack.pop())
         _ROUTES.base_only = bool(stack) and stack[-1].base_only
+        if len(popped) == 1:
+            self.left()
+            return
+        with ExitStack() as leaving:  # all of them, whatever one raises
+            for each in reversed(popped):
+                leaving.callback(each.left)
 
     def left(self) -> None:
         """Called once, when it is no longer in force, also where that comes without its own `__exit__`."""

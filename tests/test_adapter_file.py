@@ -127,6 +127,18 @@ def test_round_trip(saved):
             assert torch.equal(tensors_of(name, after[name])[part], tensor)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bool], ids=str
+)
+def test_whole_tensors_of_any_dtype(tmp_path, dtype):
+    adapter = small_adapter()
+    head = torch.tensor([[1.0, 0.0], [2.0, 4.0]]).to(dtype)
+    save_adapter(tmp_path / "a", Adapter(CONFIG, {**adapter.parameters, "head": head}), "card")
+    read = load_adapter(tmp_path / "a").parameters["head"]
+    assert read.dtype == dtype
+    assert torch.equal(read.float(), head.float())
+
+
 def test_round_trip_of_all_kinds_of_shapes(tmp_path):
     parameters = {
         "conv": fit(torch.randn(6, 3, 3, 3), rank=2),

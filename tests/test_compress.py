@@ -244,6 +244,14 @@ def test_settings_out_of_range(settings, message):
         DTSConfig(**settings)
 
 
+def test_a_base_in_float8_is_recognised(tmp_path):
+    base = {"m.weight": torch.randn(24, 16).to(torch.float8_e4m3fn)}
+    tuned = {"m.weight": base["m.weight"].float() + 0.1 * torch.randn(24, 16)}
+    b, t = write_checkpoint(tmp_path / "b", base), write_checkpoint(tmp_path / "t", tuned)
+    compress(b, t, tmp_path / "a", DTSConfig(rank=4))
+    assert verify(tmp_path / "a", b, t).matches
+
+
 @pytest.mark.parametrize("option", ["include", "whole"])
 def test_a_selection_of_nothing_is_refused(tmp_path, checkpoints, option):
     with pytest.raises(CheckpointError, match=f"--{option} 'zzz' matches no tensor of .*; its names are like"):
@@ -257,7 +265,7 @@ def test_targets_that_are_something_else(tmp_path, checkpoints):
     (tmp_path / "full" / "notes.txt").touch()
     for name in ("file", "full"):
         for overwrite in (False, True):
-            with pytest.raises(DTSError, match="something else; nothing was changed"):
+            with pytest.raises(DTSError, match="something else, which is not overwritten; nothing was changed"):
                 compress(*checkpoints, tmp_path / name, DTSConfig(rank=1), overwrite=overwrite)
     compress(*checkpoints, tmp_path / "empty", DTSConfig(rank=1))  # nothing is lost there
     with pytest.raises(DTSError, match=r"exists already; nothing was changed.*--overwrite"):

@@ -102,6 +102,22 @@ def test_modules_have_the_names_of_the_model_in_memory(tmp_path):
     compress(tmp_path / "base", tmp_path / "trained", tmp_path / "again", DTSConfig(rank=16))
     again = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "again")
     expected = trained.eval()(pixels).logits
+    old = tmp_path / "trained" / "adapter_model.safetensors"
+    factors = load_file(old)
+    names = {"layers.": "encoder.layer.", ".q_proj": ".attention.query", ".k_proj": ".attention.key"}
+    names |= {".v_proj": ".attention.value", ".o_proj": ".output.dense"}
+    names |= {".mlp.fc1": ".intermediate.dense", ".mlp.fc2": ".output.dense"}
+    in_base = Checkpoint.open(tmp_path / "base").tensors
+
+    def renamed(key: str) -> str:
+        for new, before in names.items():
+            key = key.replace(new, before)
+        return key
+
+    save_file({renamed(key): tensor for key, tensor in factors.items()}, old)
+    as_before = LoraCheckpoint.of(tmp_path / "trained", Checkpoint.open(tmp_path / "base"))
+    assert len(as_before.low_rank) == len(factors) // 2
+    assert set(as_before.low_rank) <= set(in_base)
     # Two components, coded eight times over.
     assert (again(pixels).logits - expected).norm() < 0.3 * (base(pixels).logits - expected).norm()
 

@@ -167,14 +167,19 @@ def test_bad_names_and_batches_are_refused(family):
 
 def test_bases_that_cannot_be_served_are_refused(family):
     model = family.model()
-    with pytest.raises(DTSError, match="has DTS layers already: load_adapter"):
+    with pytest.raises(DTSError, match="is in a DTSModel already: its load_adapter"):
         DTSModel(model)
-    with pytest.raises(DTSError, match="has DTS layers already"):
+    with pytest.raises(DTSError, match="is in a DTSModel already"):
         DTSModel(model.model)
-    empty = family.dense("a").to("meta")
+    bare = family.dense("a")
+    other = DTSModel(bare)
+    with pytest.raises(DTSError, match="is in a DTSModel already"):
+        DTSModel(bare)
+    assert DTSModel(other.merge_and_unload("__base__")).adapter_names == []
+    empty = DTSModel(family.dense("a").to("meta"))
     for verify in (True, False):
         with pytest.raises(BaseMismatchError, match=r"is not in memory .* Load the base without offloading"):
-            DTSModel(empty).load_adapter(family.folder / "a", "a", verify_base=verify)
+            empty.load_adapter(family.folder / "a", "a", verify_base=verify)
     with pytest.raises(BaseMismatchError, match="is float64; expected float32, float16 or bfloat16"):
         DTSModel(family.dense("a").double()).load_adapter(family.folder / "a", "a")
 

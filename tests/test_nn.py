@@ -504,6 +504,49 @@ def test_the_general_way_changes_nothing_that_other_threads_see():
     assert all(weight is layer.inner.weight for weight in seen)
 
 
+def test_global_hooks_see_the_base_layer():
+    for layer, x in ((nn.Linear(12, 10), torch.randn(2, 12)), (nn.LayerNorm(9), torch.randn(2, 9))):
+        wrapper, _ = both(layer)
+        seen = []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_, seen=seen: seen.append(module))
+        try:
+            with torch.no_grad(), route("__base__"):
+                wrapper(x)
+        finally:
+            handle.remove()
+        assert any(module is layer for module in seen)
+
+
+def test_what_is_loaded_in_inference_mode_can_be_deleted_outside():
+    with torch.inference_mode():
+        layer = DTSLinear(nn.Linear(12, 10), 2, max_rank=16)
+        layer.load_adapter("a", fit(torch.randn(10, 12), rank=2))
+    layer.delete_adapter("a")
+    layer.load_adapter("b", fit(torch.randn(10, 12), rank=2))
+    with torch.inference_mode():
+        layer.delete_adapter("b")
+    assert layer.bank.slot_pages.max() == -1
+
+
+def test_a_weight_kept_the_other_way_round_is_told_by_the_layers_sizes():
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 8, 16
+            self.weight = nn.Parameter(torch.randn(8, 16))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    base = Turned()
+    layer, delta, x = DTSLinear(base), fit(0.1 * torch.randn(16, 8), rank=3), torch.randn(4, 8)
+    with pytest.raises(BaseMismatchError, match=r"the base has shape \[16, 8\], the adapter \[8, 16\]"):
+        layer.load_adapter("b", fit(torch.randn(8, 16), rank=3))
+    layer.load_adapter("a", delta)
+    with route("a"):
+        torch.testing.assert_close(layer(x), base(x) + x @ delta.dequantize().t(), rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_no_linear_is_refused():
     with pytest.raises(DTSError, match=r"got Conv2d with a weight of shape \[4, 3, 2, 2\]. nn.wrap and"):
         DTSLinear(nn.Conv2d(3, 4, 2))

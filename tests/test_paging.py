@@ -47,6 +47,13 @@ def test_a_vector_is_added_in_float32_and_rounded_once(n, dtype):
     assert torch.equal(out, (base.to(wide) + delta.dequantize(wide)).to(dtype))
 
 
+def test_what_the_native_op_does_not_take_is_added_all_the_same():
+    base, delta = torch.randn(18)[::2], vector(9)
+    out = torch.empty(18)[::2]
+    write_vector(out, base, CodedVector(delta.codes, delta.levels.double(), delta.shape))
+    torch.testing.assert_close(out, base + delta.dequantize())
+
+
 def test_a_sum_of_vectors_is_added_too():
     base, deltas = torch.randn(9), [vector(9), vector(9)]
     out = torch.empty(9)

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks as _OF_ALL
+from torch.nn.modules.module import _global_forward_pre_hooks as _OF_ALL_BEFORE
 from torch.utils import _pytree as pytree
 
 from ..codes import Delta, LowRankDelta, owned
@@ -107,9 +109,9 @@ class DTSModule(nn.Module):
         """The shape of a parameter of the base layer; None if it has no such parameter."""
         layer = self._modules["base_layer"]
         own = layer._parameters.get(name)
-        if not is_plain(own):
-            if name == "weight" and has_features(layer):  # packed or quantised, in any shape
-                return layer.out_features, layer.in_features
+        if name == "weight" and not (type(layer) is nn.Linear and is_plain(own)) and has_features(layer):
+            return layer.out_features, layer.in_features  # whatever shape it is kept in
+        if own is None:
             own = dict(layer.named_parameters()).get(name)
         return None if own is None else tuple(own.shape)
 
@@ -208,7 +210,8 @@ class DTSModule(nn.Module):
         """What the bare layer would return. Its own call would ask for hooks in more places, and costs a small layer as
         much as its work."""
         layer = self._modules["base_layer"]
-        return layer(*args, **kwargs) if is_hooked(layer) else layer.forward(*args, **kwargs)
+        called = is_hooked(layer) or type(layer).__call__ is not nn.Module.__call__
+        return layer(*args, **kwargs) if called else layer.forward(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
         if all_base():
@@ -382,7 +385,7 @@ def is_hooked(layer: nn.Module) -> bool:
     """Whether a layer does more than its class's forward when it is called (a user's hooks, or accelerate's)."""
     own = layer.__dict__
     hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooks) or "forward" in own
+    return bool(hooks) or "forward" in own or "_compiled_call_impl" in own or bool(_OF_ALL_BEFORE or _OF_ALL)
 
 
 def is_plain(parameter: object) -> bool:
