@@ -1,6 +1,6 @@
 """What adapters cost a whole language model that decodes: tokens a second, memory, loading; beside the base and PEFT.
 
-    python bench/bench_model.py [--model Qwen2.5-0.5B] [--rounds 5] [--steps 4] [--out bench/results/model.jsonl]
+    python bench/bench_model.py [--model Qwen2.5-0.5B] [--rounds 5] [--steps 4] [--only base|...] [--out FILE]
 
 Random weights in bfloat16 (times do not depend on them), adapters at 1 % of every matrix, from files, through
 `DTSModel`. "linear layers": adapters change the linear layers of the blocks, as PEFT's LoRAs beside them do; "all
@@ -19,7 +19,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -104,9 +104,11 @@ def names_of(batch: int, composition: str, adapters: int) -> list[str] | str:
     return [f"a{slot}" for slot in slots]
 
 
-def decoding(name: str, plain: nn.Module, folder: Path, rounds: int, steps: int) -> Iterator[dict[str, object]]:
+def decoding(
+    name: str, plain: nn.Module, folder: Path, rounds: int, steps: int, points: Sequence[tuple[int, str, int]] = POINTS
+) -> Iterator[dict[str, object]]:
     """Tokens a second of every candidate at every point."""
-    for adapters in sorted({point[0] for point in POINTS}):
+    for adapters in sorted({point[0] for point in points}):
         own = {
             "linear layers": with_adapters(sharing(plain), folder / SCOPES[0], adapters, False),
             "linear layers, prepacked": with_adapters(copy.deepcopy(plain), folder / SCOPES[0], adapters, True),
@@ -116,7 +118,7 @@ def decoding(name: str, plain: nn.Module, folder: Path, rounds: int, steps: int)
         if adapters <= MOST_OF_PEFT:
             for label, equal_bytes in (("PEFT LoRA, equal rank", False), ("PEFT LoRA, equal bytes", True)):
                 peft[label] = with_peft(sharing(plain), adapters, equal_bytes)
-        for _, composition, batch in (point for point in POINTS if point[0] == adapters):
+        for _, composition, batch in (point for point in points if point[0] == adapters):
             names, prompt = names_of(batch, composition, adapters), prompt_of(plain, batch)
             candidates = {"base": decoder(plain, prompt, None)}
             candidates |= {label: decoder(model, prompt, names) for label, model in own.items()}
@@ -194,7 +196,7 @@ def memory(name: str, plain: nn.Module, folder: Path, file_bytes: dict[str, int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), help="Both if not given.")
-    parser.add_argument("--only", choices=["decode", "loading", "memory"])
+    parser.add_argument("--only", choices=["decode", "base", "loading", "memory"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "model.jsonl")
@@ -219,8 +221,9 @@ def main() -> None:
             if options.only in (None, "memory"):
                 for row in memory(name, plain, folder, file_bytes):
                     write(row)
-            if options.only in (None, "decode"):
-                for row in decoding(name, plain, folder, options.rounds, options.steps):
+            if options.only in (None, "decode", "base"):
+                points = [point for point in POINTS if options.only != "base" or point[1] == "base"]
+                for row in decoding(name, plain, folder, options.rounds, options.steps, points):
                     write(row)
             del plain
             gc.collect()
