@@ -141,7 +141,7 @@ def decoding(
                     "ms_per_token": round(1000 * median(times), 2), "ratio": round(median(ratios), 4),
                     "low": round(min(ratios), 4), "high": round(max(ratios), 4),
                 }  # fmt: skip
-        del own, peft
+        del own, peft, candidates, run  # the decoders hold their models
         gc.collect()
 
 
