@@ -36,7 +36,7 @@ step build 180 env DTS_FAST_BUILD=cuda MAX_JOBS=12 "$python" setup.py -q build_e
 # In processes of their own where pytest-xdist is there: most of the time goes to compiling.
 workers=$("$python" -c "import xdist" 2>/dev/null && echo "-n 12")
 step test 240 env OMP_NUM_THREADS=1 "$python" -m pytest -q --maxfail=30 $workers tests/test_gpu.py \
-  tests/test_gpu_model.py tests/test_ops.py tests/test_triton.py tests/test_nn.py \
+  tests/test_gpu_model.py tests/test_ops.py tests/test_triton.py tests/test_nn*.py \
   -k "not test_every_configuration_compiles"
 step shapes 120 "$python" bench/tune_cuda.py --minutes 1.5 --out "$out/decode_shapes.jsonl"
 step tune 180 "$python" bench/tune_triton.py --minutes 2 --rows 64 1 16 --out "$out"

@@ -4,12 +4,13 @@ import threading
 
 import pytest
 import torch
+from layer_rows import both
 from torch import nn
 from torch.nn.functional import embedding, linear
 
 from dts_fast import DTSEmbedding, DTSLinear, DTSModule, fit, fit_vector, route
 from dts_fast.errors import BaseMismatchError, DTSError, RoutingError, UnknownAdapterError
-from dts_fast.nn import DTSConv, DTSNorm, wrap
+from dts_fast.nn import wrap
 from dts_fast.slots import SlotTable
 
 
@@ -316,160 +317,6 @@ def test_a_mixture_of_whole_and_low_rank_parameters():
     weight = base["weight"] + 0.5 * (dense["a"]["weight"] - base["weight"]) + 0.25 * (whole - base["weight"])
     bias = base["bias"] + 0.5 * (dense["a"]["bias"] - base["bias"])
     torch.testing.assert_close(y, linear(x, weight, bias), rtol=1e-4, atol=1e-5)
-
-
-class RMSNorm(nn.Module):
-    """As Llama and its descendants have it."""
-
-    def __init__(self, n: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(n))
-
-    def forward(self, x):
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-class GemmaNorm(RMSNorm):
-    """As Gemma has it."""
-
-    def forward(self, x):
-        wide = x.float()
-        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-        return (normal * (1.0 + self.weight.float())).to(x.dtype)
-
-
-class ChannelsFirstNorm(nn.LayerNorm):
-    """As ConvNeXt has it: the vector does not lie along the last dimension."""
-
-    def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-def both(layer: nn.Module) -> tuple[DTSModule, dict[str, dict[str, torch.Tensor]]]:
-    """The layer in its fastest wrapper with adapters "a" and "b" for all parameters, and their dense parameters."""
-    wrapper = wrap(layer, SlotTable(3))
-    dense = {"__base__": {n: p.detach() for n, p in layer.named_parameters()}}
-    for name in "ab":
-        deltas = {}
-        for n, p in layer.named_parameters():
-            change = 0.3 * torch.randn(p.shape)
-            deltas[n] = fit(change, rank=4) if p.dim() > 1 else fit_vector(change)
-        wrapper.load_adapter(name, **deltas)
-        dense[name] = {n: (p.float() + deltas[n].dequantize()).to(p.dtype) for n, p in dense["__base__"].items()}
-    return wrapper, dense
-
-
-ROWS = ["a", "__base__", "b", "a"]
-
-
-def assert_rows_are_their_own(wrapper, dense, x, tolerance) -> None:
-    def alone(name, x):
-        return torch.func.functional_call(wrapper.base_layer, dense[name], x)
-
-    with torch.no_grad():
-        with route(ROWS):
-            y = wrapper(x)
-        expected = torch.cat([alone(name, x[row : row + 1]) for row, name in enumerate(ROWS)])
-        torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
-        for name in dense:
-            with route(name):
-                torch.testing.assert_close(wrapper(x), alone(name, x), rtol=tolerance, atol=tolerance)
-        with route(["a", "b"]):  # an input that all rows share
-            torch.testing.assert_close(
-                wrapper(x[:1]), torch.cat([alone("a", x[:1]), alone("b", x[:1])]), rtol=tolerance, atol=tolerance
-            )
-
-
-NORMS = {
-    "LayerNorm": lambda n: nn.LayerNorm(n),
-    "LayerNorm without bias": lambda n: nn.LayerNorm(n, bias=False),
-    "torch's RMSNorm": lambda n: nn.RMSNorm(n),
-    "torch's RMSNorm, eps": lambda n: nn.RMSNorm(n, eps=1e-5),
-    "Llama's": RMSNorm,
-    "Gemma's": GemmaNorm,
-}
-
-
-@pytest.mark.parametrize("kind", NORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(4, 9), (4, 5, 9), (4, 2, 3, 9)], ids=str)
-def test_norm_rows_use_their_own_vectors(kind, dtype, shape):
-    layer = NORMS[kind](9).to(dtype)
-    wrapper, dense = both(layer)
-    assert type(wrapper) is DTSNorm
-    # Half types: the mixed path rounds once, torch's kernels once or twice.
-    assert_rows_are_their_own(wrapper, dense, torch.randn(shape).to(dtype), 4 * torch.finfo(dtype).eps)
-    assert wrapper.parameters_of(0).keys() == dict(layer.named_parameters()).keys()
-    before = layer.weight.detach().clone()
-    wrapper.delete_adapter("a")
-    assert torch.equal(wrapper.tables["weight"].values[0], before)
-    assert torch.equal(layer.weight, before)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [ChannelsFirstNorm(9), nn.BatchNorm1d(9), nn.GroupNorm(3, 9), nn.LayerNorm((3, 9)), RMSNorm(9).to("meta")],
-    ids=lambda layer: type(layer).__name__,
-)
-def test_norms_of_another_kind_take_the_general_way(layer):
-    assert type(wrap(layer, SlotTable(2))) is DTSModule
-
-
-def test_norms_mix_exactly_and_take_whole_vectors():
-    wrapper, dense = both(RMSNorm(9))
-    wrapper.mix_slots(2, [(0, 0.5), (1, -0.25)])
-    base = dense["__base__"]["weight"]
-    mixed = base + 0.5 * (dense["a"]["weight"] - base) - 0.25 * (dense["b"]["weight"] - base)
-    torch.testing.assert_close(wrapper.tables["weight"].values[2], mixed, rtol=1e-5, atol=1e-6)
-    wrapper.clear_slot(2)
-    whole = torch.randn(9)
-    wrapper.load_adapter("whole", weight=whole)
-    x = torch.randn(3, 4, 9)
-    with torch.no_grad(), route(["whole", "a", "__base__"]):
-        y = wrapper(x)
-    for row, weight in enumerate((whole, dense["a"]["weight"], base)):
-        torch.testing.assert_close(
-            y[row], torch.func.functional_call(wrapper.base_layer, {"weight": weight}, x[row : row + 1])[0]
-        )
-
-
-CONVS = {
-    "patches": (lambda: nn.Conv2d(3, 6, 4, stride=4), (4, 3, 16, 8)),
-    "overlapping": (lambda: nn.Conv2d(3, 6, (3, 2), stride=(2, 1), padding=(1, 0)), (4, 3, 9, 7)),
-    "same": (lambda: nn.Conv2d(2, 5, (2, 3), padding="same", bias=False), (4, 2, 6, 6)),
-    "reflect": (lambda: nn.Conv1d(3, 6, 3, padding=2, padding_mode="reflect"), (4, 3, 11)),
-    "audio": (lambda: nn.Conv1d(8, 6, 3, stride=2, padding=1), (4, 8, 15)),
-    "video": (lambda: nn.Conv3d(3, 6, (2, 4, 4), stride=(2, 4, 4)), (4, 3, 4, 8, 8)),
-    "one by one": (lambda: nn.Conv2d(5, 6, 1), (4, 5, 3, 3)),
-}
-
-
-@pytest.mark.parametrize("kind", CONVS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_convolution_rows_use_their_own_kernels(kind, dtype):
-    make, shape = CONVS[kind]
-    wrapper, dense = both(make().to(dtype))
-    assert type(wrapper) is DTSConv
-    # Float32 sums in two parts; in bfloat16 base, delta and bias are rounded apart, at values of a few units.
-    tolerance = 1e-5 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
-    assert_rows_are_their_own(wrapper, dense, torch.randn(shape).to(dtype), tolerance)
-    weight = wrapper.parameters_of(0)["weight"].dequantize()
-    assert weight.shape == wrapper.base_layer.weight.shape
-    torch.testing.assert_close(
-        (dense["__base__"]["weight"].float() + weight).to(dtype), dense["a"]["weight"], rtol=1e-5, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.ConvTranspose2d(4, 4, 3), nn.Conv1d(5, 1, 4)],
-    ids=str,
-)
-def test_other_convolutions_take_the_general_way(layer):
-    wrapper, dense = both(layer)
-    assert type(wrapper) is DTSModule
-    assert_rows_are_their_own(wrapper, dense, torch.randn(4, layer.in_channels, *[7] * (layer.weight.dim() - 2)), 1e-5)
 
 
 def test_recurrent_layers_run_with_an_adapters_parameters():
