@@ -10,6 +10,8 @@ that), and tensors that grow are replaced all together.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -37,6 +39,23 @@ def _outside_inference_mode(method: Callable[..., None]) -> Callable[..., None]:
             return method(*args, **kwargs)
 
     return run
+
+
+# Bytes of arenas that larger ones have replaced, since memory was last given back.
+_replaced: list[int] = []
+_WORTH_GIVING_BACK = 64 << 20
+
+
+def give_back_memory() -> None:
+    """Return what replaced arenas have left to the system, once it is worth a call: the C library keeps the holes, no
+    larger arena fits into them, and many adapters loaded one by one would take several times their bytes."""
+    if sum(_replaced) < _WORTH_GIVING_BACK:
+        return
+    _replaced.clear()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim is not None:
+            trim(0)
 
 
 @dataclass(frozen=True)
@@ -250,6 +269,7 @@ class Bank(nn.Module):
             self._free += range(old, grown["pages"].shape[0])
         if self.pages.is_cuda:
             torch.cuda.current_stream(self.pages.device).synchronize()  # other streams do not wait for this one
+        _replaced.append(self.pages.nbytes)
         # One assignment: a call in another thread has either all of the old tensors or all of the new ones. The old
         # ones are not written to any more.
         self._buffers = grown

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from .bank import give_back_memory
 from .errors import CapacityError
 from .nn import DTSModule
 from .nn.module import Parameter
@@ -168,6 +169,7 @@ class Residency:
                                 self.table.cancel(slot)
                     if done:
                         self.table.occupy(name, slot, self.clear, pinned=pinned)
+                        give_back_memory()
                     return
             if self.table.leased_here:
                 raise CapacityError(

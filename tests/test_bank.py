@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from dts_fast.bank import Arena, Bank
+from dts_fast.bank import Arena, Bank, give_back_memory
 from dts_fast.errors import CapacityError
 
 
@@ -119,3 +122,19 @@ def test_shared_pages_stay_until_the_last_slot_lets_go():
     with pytest.raises(CapacityError, match="lists 14 pages, a slot of this bank at most 12"):
         bank.share(1, [(0, 1.0), (2, 1.0)] * 3 + [(0, 1.0)])
     assert contents(bank, 1) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what the process takes")
+def test_banks_that_grow_load_by_load_take_what_they_hold():
+    def resident() -> int:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1])
+
+    before, banks = resident(), [Bank(1 << 16, 40) for _ in range(20)]
+    for slot in range(40):
+        for bank in banks:
+            bank.load(slot, torch.ones(1, 1 << 16, dtype=torch.uint8))
+        give_back_memory()
+    held = sum(bank.nbytes for bank in banks)
+    # What has been replaced since memory was last given back comes on top: at most 64 MiB.
+    assert resident() - before < 1.2 * held + (64 << 20)

@@ -69,7 +69,7 @@ ALLOWED = {
     "nn": {"bank", "nn.banked", "nn.conv", "nn.embedding", "nn.linear", "nn.module", "nn.norm", "prepack", "slots"},
     "attach": {"adapter_file", "checkpoint", "errors", "fingerprint", "nn.module", "prepack", "renaming"},
     "arenas": {"adapter_file", "bank", "codes", "errors"},
-    "residency": {"errors", "nn", "nn.module", "slots"},
+    "residency": {"bank", "errors", "nn", "nn.module", "slots"},
     "wrapping": {"arenas", "attach", "bank", "nn", "slots"},
     "batch": {"routing"},
     "hub": {"adapter_file", "errors"},
