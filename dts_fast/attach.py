@@ -76,6 +76,7 @@ class LiveModel:
             owned: Owned = {}
             for name, path, leaf in places:
                 owned.setdefault(path, {})[leaf] = adapter.parameters[name]
+            self._check_servable(live)
             return owned, live
         strip, add = common_prefix(self._names_in_checkpoint, adapter.parameters)
         live = {add + name.removeprefix(strip): own for name, own in self._names_in_checkpoint.items()}
@@ -103,30 +104,34 @@ class LiveModel:
                 if alias == name or alias not in adapter.parameters:
                     owned.setdefault(path, {})[leaf] = parameter
                     places.append((name, path, leaf))
-        for name in adapter.deltas:
-            self._check_servable(live[name])
         live = {name: live[name] for name in adapter.deltas}
+        self._check_servable(live)
         if known:
             self._last = key, places, live
         return owned, live
 
-    def _check_servable(self, name: str) -> None:
-        """Refuse a base's parameter that no delta can be added to at run time.
+    def _check_servable(self, live: Mapping[str, str]) -> None:
+        """Refuse a base with parameters that no delta can be added to at run time; at every load, as it may have been
+        moved since the last one.
 
         Raises:
-            BaseMismatchError: it is not in memory, or of a type that the ops do not take.
+            BaseMismatchError: they are not in memory, or of a type that the ops do not take.
         """
-        path, _, leaf = name.rpartition(".")
-        parameter = self.modules[path]._parameters.get(leaf)
-        if parameter is not None and parameter.is_meta:
-            raise BaseMismatchError(
-                f"{name} is not in memory (device 'meta': not loaded, or offloaded by accelerate). Load the base "
-                "without offloading, on devices that hold it; adapters add about 1 %."
-            )
-        if parameter is not None and parameter.dtype == torch.float64:
-            raise BaseMismatchError(
-                f"{name} is float64; expected float32, float16 or bfloat16. Convert the base: model.to(torch.float32)."
-            )
+        for name in live.values():
+            path, _, leaf = name.rpartition(".")
+            parameter = self.modules[path]._parameters.get(leaf)
+            if parameter is None:
+                continue
+            if parameter.is_meta:
+                raise BaseMismatchError(
+                    f"{name} is not in memory (device 'meta': not loaded, or offloaded by accelerate). Load the base "
+                    "without offloading, on devices that hold it; adapters add about 1 %."
+                )
+            if parameter.dtype == torch.float64:
+                raise BaseMismatchError(
+                    f"{name} is float64; expected float32, float16 or bfloat16. Convert the base: "
+                    "model.to(torch.float32)."
+                )
 
     def check_base(self, adapter: Adapter, live: Mapping[str, str]) -> None:
         """Refuse an adapter that was made for another base (`check_fingerprint`); ``live`` as `owners` returns it.

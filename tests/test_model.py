@@ -182,6 +182,11 @@ def test_bases_that_cannot_be_served_are_refused(family):
             empty.load_adapter(family.folder / "a", "a", verify_base=verify)
     with pytest.raises(BaseMismatchError, match="is float64; expected float32, float16 or bfloat16"):
         DTSModel(family.dense("a").double()).load_adapter(family.folder / "a", "a")
+    # Where it was changed after adapters have been loaded, too.
+    for moved, message in ((model.double, "is float64"), (lambda: model.to("meta"), "is not in memory")):
+        moved()
+        with pytest.raises(BaseMismatchError, match=message):
+            model.load_adapter(family.folder / "b", "another", verify_base=False)
 
 
 def test_saved_adapters_stay_below_their_directory(family, tmp_path):
