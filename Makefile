@@ -51,7 +51,7 @@ docs: $(VENV)/.installed
 wheels:
 	rm -rf build/wheels && mkdir -p build/wheels
 	$(PYTHON) -m venv build/wheels/builder
-	build/wheels/builder/bin/pip install --quiet -c constraints.txt "setuptools>=77" wheel build torch pybind11 ninja numpy
+	build/wheels/builder/bin/pip install --quiet -c constraints.txt "setuptools>=64" wheel build torch pybind11 ninja numpy
 	build/wheels/builder/bin/python -m build --sdist --no-isolation --outdir build/wheels
 	for kind in native pure; do \
 	  choice=$$([ $$kind = native ] && echo cpu || echo none) && \
@@ -68,7 +68,7 @@ cuda-check: $(VENV)/.installed
 # The build tools and torch first: the extension is built against the torch that runs it (--no-build-isolation).
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=77" wheel torch pybind11 ninja numpy
+	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=64" wheel torch pybind11 ninja numpy
 	touch $@
 
 # Editable, so that a changed Python file needs no installation; a changed native file or setting does.

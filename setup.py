@@ -116,4 +116,4 @@ def native_build() -> dict:
     return {"ext_modules": [extension(with_cuda)], "cmdclass": {"build_ext": BuildOrFallBack}}
 
 
-setup(**native_build())
+setup(license="Apache-2.0", **native_build())

@@ -8,22 +8,49 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .adapter_file import Parameter
-from .bank import MOST_MEMBERS, Arena
+from .bank import MOST_MEMBERS, Arena, page_count
 from .codes import PageLayout, is_matrix, num_pages, terms_of
 from .errors import CapacityError, DTSError
+from .pieces import Piece
 
 # How many times the first adapter's pages in a layer another adapter may take there.
 _MOST_OVER_FIRST = 2
 _LIST_ENTRY = 8  # bytes of a page's number and weight in a slot's list
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Need:
-    """What one adapter takes of a layer's bank."""
+    """What one adapter takes of a bank.
+
+    Attributes:
+        shape: of a matrix.
+        matrices: that the bank has place for in each slot: one, or all experts'.
+        largest, pages: of one matrix, and of all that the adapter changes.
+    """
 
     shape: tuple[int, int]
-    pages: int
-    nbytes: int
+    matrices: int
+    largest: int = 0
+    pages: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages * PageLayout(*self.shape).nbytes
+
+
+def _needs(module: nn.Module, parameters: Mapping[str, Parameter]) -> dict[str, _Need]:
+    """By bank: that of the layer's ``weight``, or those of a mixture's experts."""
+    needs: dict[str, _Need] = {}
+    for name, parameter in parameters.items():
+        piece = Piece.named(name)
+        if (name != "weight" and piece is None) or isinstance(parameter, Tensor) or not is_matrix(parameter):
+            continue
+        first = terms_of(parameter)[0]
+        matrices = 1 if piece is None else len(module.get_parameter(piece.parameter))
+        need = needs.setdefault(name if piece is None else piece.bank, _Need((first.u.n, first.v.n), matrices))
+        need.largest = max(need.largest, page_count(parameter))
+        need.pages += page_count(parameter)
+    return needs
 
 
 class Arenas:
@@ -46,8 +73,10 @@ class Arenas:
         self.max_adapters, self.max_rank, self.left = max_adapters, max_rank, max_bytes
         self._taken: dict[str, int] = {}  # of ``max_bytes``, by layer
 
-    def of(self, modules: Mapping[str, nn.Module], new: Mapping[str, Mapping[str, Parameter]]) -> dict[str, Arena]:
-        """Arenas for layers that are wrapped for an adapter's sake, by path; those not named may grow.
+    def of(
+        self, modules: Mapping[str, nn.Module], new: Mapping[str, Mapping[str, Parameter]]
+    ) -> dict[str, dict[str, Arena]]:
+        """Arenas for layers that are wrapped for an adapter's sake, by path and bank; those not named may grow.
 
         Args:
             modules: by path.
@@ -56,38 +85,38 @@ class Arenas:
         Raises:
             CapacityError: ``max_bytes`` is less than this adapter takes.
         """
-        needs: dict[str, _Need] = {}
-        vectors: dict[str, int] = {}
-        for path, parameters in new.items():
-            # Every layer's vectors have a row for each slot, whether or not this adapter changes them.
-            own = (p for p in modules[path]._parameters.values() if p is not None and p.dim() == 1)
-            vectors[path] = sum((self.max_adapters + 1) * parameter.nbytes for parameter in own)
-            weight = parameters.get("weight")
-            if weight is not None and not isinstance(weight, Tensor) and is_matrix(weight):
-                terms = terms_of(weight)
-                n, k = terms[0].u.n, terms[0].v.n
-                needs[path] = _Need((n, k), sum(num_pages(term.rank) for term in terms), PageLayout(n, k).nbytes)
+        needs = {path: _needs(modules[path], parameters) for path, parameters in new.items()}
         if self.max_rank is not None:
-            per_slot = {path: num_pages(min(self.max_rank, *need.shape)) for path, need in needs.items()}
-            return {path: Arena(count * self.max_adapters, count) for path, count in per_slot.items()}
+            return {path: {key: self._of_rank(need) for key, need in own.items()} for path, own in needs.items()}
         if self.left is None:
             return {}
         entries = _MOST_OVER_FIRST * min(self.max_adapters, MOST_MEMBERS) * self.max_adapters * _LIST_ENTRY
-        fixed = {path: vectors[path] + (needs[path].pages * entries if path in needs else 0) for path in new}
-        one, besides = sum(need.pages * need.nbytes for need in needs.values()), sum(fixed.values())
+        fixed = {}
+        for path, own in needs.items():
+            # Every layer's vectors have a row for each slot, whether or not this adapter changes them.
+            vectors = (p for p in modules[path]._parameters.values() if p is not None and p.dim() == 1)
+            fixed[path] = sum((self.max_adapters + 1) * vector.nbytes for vector in vectors)
+            fixed[path] += sum(need.matrices * need.largest * entries for need in own.values())
+        one = sum(need.nbytes for own in needs.values() for need in own.values())
+        besides = sum(fixed.values())
         count = min(self.max_adapters, (self.left - besides) // max(one, 1))
         if count < 1 and new:
             raise CapacityError(
                 f"max_bytes leaves {self.left} bytes, but the adapter's pages take {one}, and the vectors and lists of "
                 f"{self.max_adapters} slots {besides}. Give more bytes, or fewer max_adapters."
             )
-        for path in new:
-            pages = count * needs[path].pages * needs[path].nbytes if path in needs else 0
-            self._taken[path] = fixed[path] + pages
+        for path, own in needs.items():
+            self._taken[path] = fixed[path] + count * sum(need.nbytes for need in own.values())
             self.left -= self._taken[path]
+        most = min(count, _MOST_OVER_FIRST)
         return {
-            path: Arena(count * need.pages, min(count, _MOST_OVER_FIRST) * need.pages) for path, need in needs.items()
+            path: {key: Arena(count * need.pages, most * need.largest) for key, need in own.items()}
+            for path, own in needs.items()
         }
+
+    def _of_rank(self, need: _Need) -> Arena:
+        pages = num_pages(min(self.max_rank, *need.shape))
+        return Arena(pages * need.matrices * self.max_adapters, pages)
 
     def give_back(self, paths: Iterable[str]) -> None:
         """Layers that do not stay wrapped: what `of` took for them can be given to others."""

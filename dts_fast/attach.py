@@ -13,6 +13,7 @@ from .checkpoint import common_prefix
 from .errors import BaseMismatchError
 from .fingerprint import Elements, check_fingerprint
 from .nn.module import has_features, is_plain
+from .pieces import Piece
 from .prepack import PackedLinear
 from .renaming import names_in_checkpoint
 
@@ -35,6 +36,8 @@ class LiveModel:
         self._first_path = {path: first.setdefault(id(module), path) for path, module in self.modules.items()}
         self._aliases = _aliases(model)
         self._names_in_checkpoint = names_in_checkpoint(model)
+        pieces = (name for name in self._names_in_checkpoint.values() if name not in self._aliases)
+        self._aliases |= {name: (name,) for name in pieces}
         self._last: tuple[object, ...] = (None,)
         # One that every layout of weights leaves in its place: the first, most often an embedding table.
         owned = (
@@ -119,7 +122,8 @@ class LiveModel:
         """
         for name in live.values():
             path, _, leaf = name.rpartition(".")
-            parameter = self.modules[path]._parameters.get(leaf)
+            piece = Piece.named(leaf)
+            parameter = self.modules[path]._parameters.get(leaf if piece is None else piece.parameter)
             if parameter is None:
                 continue
             if parameter.is_meta:
@@ -186,6 +190,9 @@ class _LiveParameters(Mapping):
     def __getitem__(self, name: str) -> Tensor | Elements:
         path, _, leaf = self.names[name].rpartition(".")
         module = self.modules[path]
+        piece = Piece.named(leaf)
+        if piece is not None:
+            return piece.of(module.get_parameter(piece.parameter))
         parameter = module._parameters.get(leaf)
         if is_plain(parameter):
             return parameter

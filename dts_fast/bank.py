@@ -1,8 +1,9 @@
 """Where adapters live at run time: pages in one arena per parameter, and slots that list them.
 
-A *bank* belongs to one matrix of a layer. Its arena holds rank pages of a fixed size (`codes.PageLayout`); a *slot*
-lists the pages of one adapter, each with a weight. Loading and evicting write in place: the tensors that kernels,
-compiled graphs and CUDA graphs hold stay the same. A `VectorTable` does the same for biases and norms.
+A *bank* belongs to one matrix of a layer, or to its experts' matrices of one shape. Its arena holds rank pages of a
+fixed size (`codes.PageLayout`); a *slot* lists the pages of one adapter, each with a weight. Loading and evicting
+write in place: the tensors that kernels, compiled graphs and CUDA graphs hold stay the same. A `VectorTable` does the
+same for biases and norms.
 
 Other threads may compute while one loads: what is written belongs to no slot that they use (`slots.SlotTable` sees to
 that), and tensors that grow are replaced all together.
@@ -60,23 +61,26 @@ def give_back_memory() -> None:
 
 @dataclass(frozen=True)
 class Arena:
-    """A fixed capacity: pages of all slots, and how many of them one load may take."""
+    """A fixed capacity: pages of all slots, and how many of them one matrix of an adapter may take."""
 
     pages: int
     per_slot: int
 
 
 class Bank(nn.Module):
-    """The arena and the slots of one matrix.
+    """The arena and the slots of one matrix, or of ``parts`` of one shape (E experts' projections).
+
+    To the ops a matrix of a slot is a slot: the one that has number ``slot * parts + part`` there.
 
     Attributes:
         pages: uint8 ``[P, page_nbytes]``.
-        slot_pages: int32 ``[S, L]``; -1 ends a slot's list.
-        slot_weights: float32 ``[S, L]``.
+        slot_pages: int32 ``[S * parts, L]``; -1 ends a list.
+        slot_weights: float32 ``[S * parts, L]``.
 
     Args:
         page_nbytes: size of a page.
         num_slots: S.
+        parts: matrices of a slot.
         arena: fixed capacity; None lets P and L grow when a load needs it (new tensors: recapture graphs). L is then
             fixed too, to what up to 8 loads may take, so that a mixture can list others' pages.
     """
@@ -91,22 +95,23 @@ class Bank(nn.Module):
         page_nbytes: int,
         num_slots: int,
         *,
+        parts: int = 1,
         arena: Arena | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.arena = arena
+        self.arena, self.parts = arena, parts
         num_pages, length = (arena.pages, arena.per_slot * min(num_slots, MOST_MEMBERS)) if arena else (0, 0)
         # Not persistent: adapters are files of their own, and the base's state dict stays the base's.
         for name, tensor in (
             ("pages", torch.zeros(num_pages, page_nbytes, dtype=torch.uint8, device=device)),
-            ("slot_pages", torch.full((num_slots, length), -1, dtype=torch.int32, device=device)),
-            ("slot_weights", torch.zeros(num_slots, length, dtype=torch.float32, device=device)),
+            ("slot_pages", torch.full((num_slots * parts, length), -1, dtype=torch.int32, device=device)),
+            ("slot_weights", torch.zeros(num_slots * parts, length, dtype=torch.float32, device=device)),
         ):
             self.register_buffer(name, tensor, persistent=False)
         self._free = list(range(num_pages))
-        self._listed: dict[int, list[int]] = {}  # slot -> its pages, as slot_pages has them
-        self._users: dict[int, int] = {}  # page -> how many slots list it
+        self._listed: dict[int, list[int]] = {}  # row -> its pages, as slot_pages has them
+        self._users: dict[int, int] = {}  # page -> how many rows list it
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,20 +125,35 @@ class Bank(nn.Module):
 
     def nbytes_of(self, slot: int) -> int:
         """Bytes of the pages that a slot lists; pages that slots share count for each of them."""
-        return len(self._listed.get(slot, ())) * self.pages.shape[1]
+        return sum(len(self._listed[row]) for row in self._rows(slot)) * self.pages.shape[1]
 
-    def fits(self, count: int, without: Collection[int] = ()) -> bool:
-        """Whether a load of so many pages would succeed once these slots are empty."""
+    def _rows(self, slot: int) -> list[int]:
+        """The rows of a slot that list anything."""
+        rows = range(slot * self.parts, (slot + 1) * self.parts)
+        return [row for row in rows if row in self._listed]
+
+    def fits(self, counts: Collection[int], without: Collection[int] = ()) -> bool:
+        """Whether a load of matrices of so many pages would succeed once these slots are empty."""
         if self.arena is None:
             return True
-        if count > self.arena.per_slot:
+        if max(counts, default=0) > self.arena.per_slot:
             return False
-        freed = {page for slot in without for page in self._listed.get(slot, ())}
-        left = {page for slot, pages in self._listed.items() if slot not in without for page in pages}
-        return count <= len(self._free) + len(freed - left)
+        emptied = {row for slot in without for row in self._rows(slot)}
+        freed = {page for row in emptied for page in self._listed[row]}
+        left = {page for row, pages in self._listed.items() if row not in emptied for page in pages}
+        return sum(counts) <= len(self._free) + len(freed - left)
 
-    def load(self, slot: int, pages: Tensor, weight: float = 1.0) -> None:
-        """Write the pages of an adapter and let a slot list them.
+    @_outside_inference_mode
+    def reserve(self, counts: Collection[int]) -> None:
+        """Make room for matrices of so many pages at once: each load would otherwise move the whole arena.
+
+        Raises:
+            CapacityError: a bank of fixed capacity has too few pages.
+        """
+        self._make_room(max(counts, default=0), new=sum(counts))
+
+    def load(self, slot: int, pages: Tensor, weight: float = 1.0, *, part: int = 0) -> None:
+        """Write the pages of an adapter's matrix and let a slot list them.
 
         Raises:
             CapacityError: a bank of fixed capacity has too few pages; nothing was changed.
@@ -143,12 +163,12 @@ class Bank(nn.Module):
             for first, last in _runs(taken):
                 self.pages[taken[first] : taken[last] + 1].copy_(_staged(pages[first : last + 1], self.pages), True)
 
-        self._load(slot, pages.shape[0], write, weight)
+        self._load(slot * self.parts + part, pages.shape[0], write, weight)
 
-    def load_delta(self, slot: int, delta: LowRankDelta | DeltaSum) -> None:
+    def load_delta(self, slot: int, delta: LowRankDelta | DeltaSum, *, part: int = 0) -> None:
         """`load` of a delta's pages, written where they are to lie."""
         if self._buffers["pages"].is_cuda or terms_of(delta)[0].s.is_cuda:
-            self.load(slot, pages_of(delta))
+            self.load(slot, pages_of(delta), part=part)
             return
 
         def write(taken: list[int]) -> None:
@@ -158,21 +178,21 @@ class Bank(nn.Module):
             else:
                 pages[taken] = pages_of(delta)
 
-        self._load(slot, sum(num_pages(term.rank) for term in terms_of(delta)), write, 1.0)
+        self._load(slot * self.parts + part, page_count(delta), write, 1.0)
 
     @_outside_inference_mode
-    def _load(self, slot: int, count: int, write: Callable[[list[int]], None], weight: float) -> None:
+    def _load(self, row: int, count: int, write: Callable[[list[int]], None], weight: float) -> None:
         if self.arena is not None and count > self.arena.per_slot:
             raise CapacityError(f"the adapter takes {count} pages, a slot of this bank at most {self.arena.per_slot}.")
-        self._make_room(count, reusable=len(self._only_in(slot)))
-        self.evict(slot)
+        self._make_room(count, reusable=len(self._only_in(row)))
+        self._empty(row)
         taken, self._free = self._free[:count], self._free[count:]
         try:
             if count:
                 write(taken)
-                self._list(slot, taken, weight)
+                self._list(row, taken, weight)
         except BaseException:
-            if slot not in self._listed:
+            if row not in self._listed:
                 self._free = taken + self._free
             raise
 
@@ -189,23 +209,29 @@ class Bank(nn.Module):
             CapacityError: the list is longer than what a slot of a bank of fixed capacity may list.
         """
         self.evict(slot)
-        pages, weights = [], []
-        for member, weight in members:
-            listed = self._listed.get(member, [])
-            pages += listed
-            weights.append(self.slot_weights[member, : len(listed)] * weight)
-        self._make_room(len(pages), new=0)
-        if pages:
-            self._list(slot, pages, torch.cat(weights))
+        for part in range(self.parts):
+            pages, weights = [], []
+            for member, weight in members:
+                row = member * self.parts + part
+                listed = self._listed.get(row, [])
+                pages += listed
+                weights.append(self.slot_weights[row, : len(listed)] * weight)
+            self._make_room(len(pages), new=0)
+            if pages:
+                self._list(slot * self.parts + part, pages, torch.cat(weights))
 
     @_outside_inference_mode
     def evict(self, slot: int) -> None:
         """Empty a slot and free the pages that no other slot shares."""
-        listed = self._listed.get(slot, [])
+        for row in self._rows(slot):
+            self._empty(row)
+
+    def _empty(self, row: int) -> None:
+        listed = self._listed.get(row, [])
         if not listed:
             return
-        self.slot_pages[slot] = -1
-        del self._listed[slot]
+        self.slot_pages[row] = -1
+        del self._listed[row]
         freed = []
         for page in listed:
             self._users[page] -= 1
@@ -215,31 +241,37 @@ class Bank(nn.Module):
         self._free += freed
         self._free.sort()
 
-    def _list(self, slot: int, pages: list[int], weights: Tensor | float) -> None:
+    def listed(self, slot: int, part: int = 0) -> tuple[Tensor, Tensor]:
+        """The pages ``[n, page_nbytes]`` of a slot's matrix and their weights ``[n]``."""
+        row = slot * self.parts + part
+        numbers = self._listed.get(row, [])
+        return self.pages[torch.tensor(numbers, dtype=torch.long)], self.slot_weights[row, : len(numbers)]
+
+    def _list(self, row: int, pages: list[int], weights: Tensor | float) -> None:
         _, slot_pages, slot_weights = self.tensors
         if slot_pages.device.type != "cpu":
-            own_weights = slot_weights[slot, : len(pages)]
+            own_weights = slot_weights[row, : len(pages)]
             if isinstance(weights, Tensor):
                 own_weights.copy_(weights)
             else:
                 own_weights.fill_(weights)
-            # The list last: until it stands, the slot is empty for whoever reads it.
+            # The list last: until it stands, the row is empty for whoever reads it.
             listed = torch.tensor(pages, dtype=torch.int32)
-            slot_pages[slot, : len(pages)].copy_(_staged(listed, slot_pages), True)
+            slot_pages[row, : len(pages)].copy_(_staged(listed, slot_pages), True)
         else:  # numpy takes a tenth of the time for so few numbers
-            slot_weights.numpy()[slot, : len(pages)] = weights
-            slot_pages.numpy()[slot, : len(pages)] = pages
-        self._listed[slot] = pages
+            slot_weights.numpy()[row, : len(pages)] = weights
+            slot_pages.numpy()[row, : len(pages)] = pages
+        self._listed[row] = pages
         for page in pages:
             self._users[page] = self._users.get(page, 0) + 1
 
-    def _only_in(self, slot: int) -> list[int]:
-        """The pages that this slot lists and no other does."""
-        listed = self._listed.get(slot, [])
+    def _only_in(self, row: int) -> list[int]:
+        """The pages that this row lists and no other does."""
+        listed = self._listed.get(row, [])
         return [page for page in set(listed) if self._users[page] == listed.count(page)]
 
     def _make_room(self, count: int, new: int | None = None, reusable: int = 0) -> None:
-        """Grow what may grow until a slot can list ``count`` pages, of which ``new`` (all if None) must be free or are
+        """Grow what may grow until a row can list ``count`` pages, of which ``new`` (all if None) must be free or are
         among the ``reusable`` ones about to be freed.
 
         Raises:
@@ -280,6 +312,11 @@ class Bank(nn.Module):
         device = fn(torch.empty(0, device=self.pages.device)).device
         self._buffers = {name: tensor.to(device) for name, tensor in self._buffers.items()}
         return self
+
+
+def page_count(delta: LowRankDelta | DeltaSum) -> int:
+    """How many pages a delta takes."""
+    return sum(num_pages(term.rank) for term in terms_of(delta))
 
 
 def _runs(pages: list[int]) -> list[tuple[int, int]]:

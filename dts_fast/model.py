@@ -392,13 +392,13 @@ class DTSModel(nn.Module):
         own |= {id(m.packed): m.packed.nbytes for m in self.model.modules() if isinstance(m, PackedLinear)}
         slots = {name: self.slots.slot(name) for name in self.slots.resident}
 
-        def used(slot: int | None) -> int:
+        def used(slot: int) -> int:
             whole = {id(p): p.nbytes for w in wrappers for p in w.stored.get(slot, {}).values()}
             return sum(whole.values()) + sum(table.nbytes_of(slot) for table in tables)
 
         return {
             "base": sum(own.values()),
-            "adapters": {name: used(slots.get(name)) for name in self.slots.names},
+            "adapters": {name: used(slots[name]) if name in slots else 0 for name in self.slots.names},
             "reserved": sum(table.nbytes for table in tables) + sum(stored.values()),
         }
 

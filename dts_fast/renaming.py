@@ -1,7 +1,8 @@
 """What a checkpoint calls a parameter, and what the model in memory calls it.
 
 The two differ where transformers renames on loading (ViT's ``encoder.layer.0.attention...query`` is
-``layers.0.attention.q_proj`` in memory); it can tell what saving would turn a state dict into.
+``layers.0.attention.q_proj`` in memory), or stacks what a checkpoint stores one by one (``experts.3.w1.weight`` is a
+part of ``experts.gate_up_proj``, see `pieces`); it can tell what saving would turn a state dict into.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import torch
 from torch import nn
 
 from .checkpoint import Checkpoint, common_prefix
+from .pieces import Piece
 
 
 def names_in_checkpoint(model: nn.Module) -> dict[str, str]:
-    """The name each parameter has in a checkpoint of this model, to its name in the model."""
+    """The name each parameter has in a checkpoint of this model, to its name in the model; where that is a piece of a
+    parameter, the piece's."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = {name: name for name in parameters}
     try:
@@ -25,14 +28,44 @@ def names_in_checkpoint(model: nn.Module) -> dict[str, str]:
         return names
     if not isinstance(model, PreTrainedModel):
         return names
-    # Tied parameters are one tensor under several names; a view of each keeps the names apart.
-    views = {name: parameter.detach() for name, parameter in parameters.items()}
+    # One for each name, as tied parameters are one tensor under several; without memory, as saving copies what it
+    # splits.
+    views = {name: torch.empty_like(parameter, device="meta") for name, parameter in parameters.items()}
+    stacks = [name for name, parameter in parameters.items() if _is_stack(model, name, parameter)]
+    views |= {name: _numbered(i, parameters[name].shape[0]) for i, name in enumerate(stacks)}
     own_name = {id(view): name for name, view in views.items()}
-    for name, view in revert_weight_conversion(model, views).items():
+    for name, view in revert_weight_conversion(model, dict(views)).items():
         if id(view) in own_name:  # a tensor that saving would split or fuse has no single name
             names.pop(own_name[id(view)], None)
             names[name] = own_name[id(view)]
+        elif not view.is_meta and (piece := _split_off(view, stacks)) is not None:
+            names[name] = piece
     return names
+
+
+def _is_stack(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds a matrix for each of its module's experts."""
+    experts = getattr(model.get_submodule(name.rpartition(".")[0]), "num_experts", None)
+    return parameter.dim() == 3 and parameter.shape[0] == experts
+
+
+_NUMBERS = 2**32  # for each stack; more than it has
+
+
+def _numbered(index: int, experts: int) -> torch.Tensor:
+    """What is saved in place of a stack: small, and of numbers that tell what saving splits off."""
+    return torch.arange(index * _NUMBERS, index * _NUMBERS + 4 * experts).view(experts, 2, 2)
+
+
+def _split_off(view: torch.Tensor, stacks: list[str]) -> str | None:
+    """The name of what saving has split off a stack: an expert's matrix, or the upper or lower half of one."""
+    index, number = divmod(int(view.flatten()[0]), _NUMBERS)
+    path, _, leaf = stacks[index].rpartition(".")
+    parts = 2 if view.numel() == 2 else 1
+    piece = Piece(leaf, number // 4, number // 2 % 2 if parts == 2 else 0, parts)
+    # Turned or interleaved, it is no block of rows.
+    same = torch.equal(view, piece.of(_numbered(index, number // 4 + 1)))
+    return f"{path}.{piece}" if same else None
 
 
 def live_names(base: Checkpoint) -> dict[str, str]:

@@ -42,13 +42,13 @@ class Wrapping:
             self.arenas.give_back(path for path in new if path not in self.wrappers)
             raise
 
-    def _wrap_in(self, owned: Owned, new: Owned, arenas: Mapping[str, Arena]) -> dict[str, DTSModule]:
+    def _wrap_in(self, owned: Owned, new: Owned, arenas: Mapping[str, Mapping[str, Arena]]) -> dict[str, DTSModule]:
         made, slow = {}, []
         for path, parameters in new.items():
             # Heads that come whole with an adapter are not the base's to compute with.
             whole = isinstance(parameters.get("weight"), Tensor)
             prepack = self.prepack and not self.live.is_tied(path) and not whole
-            wrapper = wrap(self.live.modules[path], self.slots, path, arena=arenas.get(path), prepack=prepack)
+            wrapper = wrap(self.live.modules[path], self.slots, path, arenas=arenas.get(path), prepack=prepack)
             made[path] = wrapper
             if type(wrapper) is DTSModule and not whole and wrapper.batch_first:
                 slow.append(f"{path} ({type(self.live.modules[path]).__name__})")

@@ -7,13 +7,15 @@ A wrapper holds the original layer as ``base_layer`` and answers for its attribu
     embedding.py  `DTSEmbedding`
     norm.py       `DTSNorm`: layer and RMS norms
     conv.py       `DTSConv`
+    experts.py    `DTSExperts`: the experts of a mixture
     module.py     `DTSModule`: anything else, run once for each distinct adapter of a batch
-    banked.py     what the first, second and fourth share
+    banked.py     what linear, embedding and conv share
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -23,11 +25,12 @@ from ..slots import SlotTable
 from .banked import BankedModule
 from .conv import DTSConv, why_not_conv
 from .embedding import DTSEmbedding
+from .experts import DTSExperts, why_not_experts
 from .linear import DTSLinear, acts_like_linear
 from .module import DTSModule
 from .norm import DTSNorm, why_not_norm
 
-__all__ = ["BankedModule", "DTSConv", "DTSEmbedding", "DTSLinear", "DTSModule", "DTSNorm", "wrap"]
+__all__ = ["BankedModule", "DTSConv", "DTSEmbedding", "DTSExperts", "DTSLinear", "DTSModule", "DTSNorm", "wrap"]
 
 # Tables that are looked up with [query, key] distances: their input has no batch dimension, whatever its size.
 _RELATIVE_POSITIONS = ("relative_attention_bias", "relative_position_bias", "rel_embeddings")
@@ -37,14 +40,21 @@ _OF_EXPERTS = re.compile(r"(^|\.)experts?[._]")
 
 
 def wrap(
-    layer: nn.Module, slots: SlotTable, path: str = "", *, arena: Arena | None = None, prepack: bool = False
+    layer: nn.Module,
+    slots: SlotTable,
+    path: str = "",
+    *,
+    arenas: Mapping[str, Arena] | None = None,
+    prepack: bool = False,
 ) -> DTSModule:
     """The wrapper that serves a layer best.
 
     Args:
         path: the layer's name in its model.
-        arena, prepack: `DTSLinear`'s, where the layer allows them.
+        arenas: fixed capacities of its banks: of its ``weight``, or of those that `Piece.bank` names.
+        prepack: `DTSLinear`'s, where the layer allows it.
     """
+    arena = (arenas or {}).get("weight")
     if path.endswith(_RELATIVE_POSITIONS):
         wrapper = DTSModule(layer, slots=slots)
         wrapper.batch_first = False
@@ -57,6 +67,8 @@ def wrap(
         wrapper = DTSConv(layer, arena=arena, slots=slots)
     elif why_not_norm(layer) is None:
         wrapper = DTSNorm(layer, slots=slots)
+    elif why_not_experts(layer) is None:
+        wrapper = DTSExperts(layer, arenas=arenas, slots=slots)
     else:
         wrapper = DTSModule(layer, slots=slots)
     wrapper.gathers = _OF_EXPERTS.search(path) is not None

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..bank import Arena, Bank, VectorTable
-from ..codes import PageLayout, from_pages, is_matrix, num_pages, terms_of
+from ..bank import Arena, Bank, VectorTable, page_count
+from ..codes import PageLayout, from_pages, is_matrix, num_pages
 from ..routing import Slots
 from ..slots import SlotTable
 from .module import DTSModule, Parameter
@@ -55,7 +55,7 @@ class BankedModule(DTSModule):
     def fits(self, parameters: Mapping[str, Parameter], without: Collection[int] = ()) -> bool:
         if self.bank.arena is None or "weight" not in parameters or not _are_deltas(parameters):
             return True
-        return self.bank.fits(sum(num_pages(term.rank) for term in terms_of(parameters["weight"])), without)
+        return self.bank.fits([page_count(parameters["weight"])], without)
 
     def changes(self, slot: int, name: str) -> bool:
         return name in self.loaded.get(slot, ()) or super().changes(slot, name)
@@ -66,11 +66,9 @@ class BankedModule(DTSModule):
             if name == "bias":
                 found[name] = self.biases.deltas[slot]
                 continue
-            arena, slot_pages, slot_weights = self.bank.tensors
-            listed = slot_pages[slot] >= 0
-            pages, weights = arena[slot_pages[slot][listed].long()], slot_weights[slot]
+            pages, weights = self.bank.listed(slot)
             if len(pages):
-                found[name] = self._from_pages(from_pages(self.layout, pages, weights[listed]))
+                found[name] = self._from_pages(from_pages(self.layout, pages, weights))
         return found
 
     def mix_slots(self, slot: int, members: Sequence[tuple[int, float]]) -> None:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..codes import Delta, LowRankDelta, owned
 from ..errors import BaseMismatchError, DTSError, RoutingError, UnknownAdapterError
 from ..mixture import mix
+from ..pieces import Piece
 from ..routing import Slots, all_base, current_route, current_slots, named_slots, narrowed
 from ..slots import BASE, SlotTable
 
@@ -108,6 +109,11 @@ class DTSModule(nn.Module):
     def base_shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a parameter of the base layer; None if it has no such parameter."""
         layer = self._modules["base_layer"]
+        piece = Piece.named(name)
+        if piece is not None:
+            stack = layer._parameters.get(piece.parameter)
+            fits = stack is not None and stack.dim() == 3 and piece.expert < stack.shape[0]
+            return (stack.shape[1] // piece.parts, stack.shape[2]) if fits else None
         own = layer._parameters.get(name)
         if name == "weight" and not (type(layer) is nn.Linear and is_plain(own)) and has_features(layer):
             return layer.out_features, layer.in_features  # whatever shape it is kept in
@@ -115,13 +121,19 @@ class DTSModule(nn.Module):
             own = dict(layer.named_parameters()).get(name)
         return None if own is None else tuple(own.shape)
 
+    def base_parameter(self, name: str) -> Tensor:
+        """A parameter of the base layer, or a piece of one, for reading."""
+        piece = Piece.named(name)
+        own = self.base_layer.get_parameter(name if piece is None else piece.parameter).detach()
+        return own if piece is None else piece.of(own)
+
     def base_kind(self, name: str) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of a parameter of the base layer; of a quantised weight, the dtype of what stands for it."""
         if name == "weight" and not self.has_plain_weight:
             held = (*self.base_layer.parameters(), *self.base_layer.buffers())
             floats = [t.dtype for t in held if t.dtype in (torch.float32, torch.float16, torch.bfloat16)]
             return held[0].device, next(iter(floats), torch.float32)
-        parameter = self.base_layer.get_parameter(name)
+        parameter = self.base_parameter(name)
         return parameter.device, parameter.dtype
 
     @property
@@ -148,10 +160,10 @@ class DTSModule(nn.Module):
         Raises:
             DTSError: a delta of a quantised weight: the sum would have to be rounded anew.
         """
-        dense = {}
+        dense: dict[str, Tensor] = {}
         for name, parameter in self.parameters_of(slot).items():
             if isinstance(parameter, Tensor):
-                dense[name] = parameter.to(*self.base_kind(name))
+                value = parameter.to(*self.base_kind(name))
             elif name == "weight" and has_features(self.base_layer) and not self.has_plain_weight:
                 raise DTSError(
                     f"the weight of this {type(self.base_layer).__name__} is quantised, and the adapter's delta cannot "
@@ -159,9 +171,17 @@ class DTSModule(nn.Module):
                     "full-precision base (dts-fast export full) and quantise that."
                 )
             else:
-                base = self.base_layer.get_parameter(name).detach()
+                base = self.base_parameter(name)
                 wide = torch.promote_types(base.dtype, torch.float32)
-                dense[name] = (base.to(wide) + parameter.dequantize(wide).to(base.device)).to(base.dtype)
+                value = (base.to(wide) + parameter.dequantize(wide).to(base.device)).to(base.dtype)
+            piece = Piece.named(name)
+            if piece is None:
+                dense[name] = value
+            else:
+                stack = dense.get(piece.parameter)
+                if stack is None:
+                    stack = dense[piece.parameter] = self.base_parameter(piece.parameter).clone()
+                piece.of(stack).copy_(value)
         return dense
 
     def mix_slots(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
@@ -173,7 +193,7 @@ class DTSModule(nn.Module):
         parts = [(weight, self.parameters_of(member)) for member, weight in members]
         mixed = {}
         for name in dict.fromkeys(name for _, parameters in parts for name in parameters):
-            base = self.base_layer.get_parameter(name)
+            base = self.base_parameter(name)
             parameter = mix(name, [(weight, parameters.get(name)) for weight, parameters in parts], base)
             if parameter is not None:
                 mixed[name] = parameter
@@ -188,7 +208,7 @@ class DTSModule(nn.Module):
 
     def changes(self, slot: int, name: str) -> bool:
         """Whether a slot changes a parameter."""
-        return name in self.stored.get(slot, {})
+        return is_changed(name, self.stored.get(slot, ()))
 
     def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
         """`load_adapter` for a slot of a shared table, with checked parameters."""
@@ -374,6 +394,11 @@ _TELLS_NO_VALUES = frozenset({
     "is_meta", "is_cpu", "is_sparse", "is_quantized", "size", "dim", "numel", "nelement", "element_size", "stride",
     "get_device", "is_contiguous", "is_floating_point", "is_complex", "ndimension", "__len__",
 })  # fmt: skip
+
+
+def is_changed(name: str, held: Collection[str]) -> bool:
+    """Whether a parameter is among names, or a piece of it is."""
+    return name in held or any(own.endswith("]") and Piece.named(own).parameter == name for own in held)
 
 
 def has_features(layer: nn.Module) -> bool:

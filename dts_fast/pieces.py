@@ -1,0 +1,46 @@
+"""Matrices that a model keeps within larger parameters: the experts of a mixture, which a checkpoint stores one by one
+and transformers stacks on loading (gate and up projections of an expert also above each other)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_NAME = re.compile(r"(?P<parameter>[^.\[\]]+)\[(?P<expert>\d+),(?P<part>\d+)/(?P<parts>\d+)\]")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One of the equal blocks of rows of one expert's matrix.
+
+    Attributes:
+        parameter: the name that the stack ``[E, N, K]`` has in its module.
+        expert: 0 to E - 1.
+        part, parts: which block of rows, and of how many.
+    """
+
+    parameter: str
+    expert: int
+    part: int
+    parts: int
+
+    @staticmethod
+    def named(name: str) -> Piece | None:
+        """The piece that a name in a module means; None for an ordinary parameter's."""
+        match = _NAME.fullmatch(name) if name.endswith("]") else None
+        return match and Piece(match["parameter"], int(match["expert"]), int(match["part"]), int(match["parts"]))
+
+    @property
+    def bank(self) -> str:
+        """What the bank is called that holds its deltas, with those of the same block of the other experts."""
+        return f"{self.parameter}_{self.part}_of_{self.parts}"
+
+    def __str__(self) -> str:
+        return f"{self.parameter}[{self.expert},{self.part}/{self.parts}]"
+
+    def of(self, stack: Tensor) -> Tensor:
+        """``[N / parts, K]``: a view of the stack ``[E, N, K]``."""
+        rows = stack.shape[1] // self.parts
+        return stack[self.expert].narrow(0, self.part * rows, rows)

@@ -1,0 +1,294 @@
+"""Mixtures of experts, whose matrices a checkpoint stores one by one and the model keeps in stacks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from test_model_architectures import adapters
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dts_fast import DTSConfig, DTSModel, DTSModule, compress, fit, route
+from dts_fast.adapter_file import load_adapter
+from dts_fast.bank import Arena, Bank
+from dts_fast.errors import BaseMismatchError, CapacityError, RoutingError
+from dts_fast.nn import DTSExperts, wrap
+from dts_fast.nn.experts import why_not_experts
+from dts_fast.pieces import Piece
+from dts_fast.renaming import names_in_checkpoint
+from dts_fast.slots import SlotTable
+
+pytestmark = pytest.mark.filterwarnings("ignore:no fast path for .*TopKRouter")
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 99, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def mixtral():
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=4, **SIZES))
+
+
+def qwen3():
+    config = transformers.Qwen3MoeConfig(moe_intermediate_size=24, num_experts=5, head_dim=8, **SIZES)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+class Experts(nn.Module):
+    """As transformers' decorator leaves them."""
+
+    is_transposed = has_bias = has_post_expert_norm = _is_expert_parallel = False
+    is_concatenated = True
+
+    def __init__(self, experts: int, hidden: int, inner: int, has_gate: bool) -> None:
+        super().__init__()
+        self.num_experts, self.has_gate, self.act_fn = experts, has_gate, nn.SiLU()
+        self.register_parameter(
+            "gate_up_proj" if has_gate else "up_proj",
+            nn.Parameter(torch.randn(experts, 2 * inner if has_gate else inner, hidden)),
+        )
+        self.down_proj = nn.Parameter(torch.randn(experts, hidden, inner))
+
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return self.act_fn(gate) * up
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        y = torch.zeros_like(hidden_states)
+        for token in range(len(hidden_states)):
+            for expert, weight in zip(top_k_index[token], top_k_weights[token], strict=True):
+                up = (self.gate_up_proj if self.has_gate else self.up_proj)[expert] @ hidden_states[token]
+                inner = self._apply_gate(up) if self.has_gate else self.act_fn(up)
+                y[token] += weight * (self.down_proj[expert] @ inner)
+        return y
+
+
+def with_deltas(layer: Experts, wrapper: DTSModule, name: str, experts: range) -> Experts:
+    """Loads an adapter that changes some experts; returns the dense layer that it stands for."""
+    dense, deltas = copy.deepcopy(layer), {}
+    for parameter, stack in dense.named_parameters():
+        if stack.dim() < 3:
+            continue
+        parts = 2 if parameter == "gate_up_proj" else 1
+        for expert in experts:
+            for part in range(parts):
+                own = Piece(parameter, expert, part, parts)
+                with torch.no_grad():
+                    rows = own.of(stack)
+                    deltas[str(own)] = fit(torch.randn(rows.shape), rank=3 + 14 * (expert == 2))
+                    rows += deltas[str(own)].dequantize()
+    wrapper.load_adapter(name, **deltas)
+    return dense
+
+
+def inputs(tokens: int, experts: int, hidden: int):
+    index = torch.stack([torch.randperm(experts)[:3] for _ in range(tokens)]) if tokens else torch.empty(0, 3).long()
+    return torch.randn(tokens, hidden), index, torch.rand(tokens, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("tokens", [4, 0])
+def test_each_token_has_its_own_experts(has_gate, tokens):
+    layer = Experts(5, 19, 21, has_gate)
+    wrapper = wrap(layer, SlotTable(3))
+    assert type(wrapper) is DTSExperts
+    dense = {"a": with_deltas(layer, wrapper, "a", range(5)), "b": with_deltas(layer, wrapper, "b", range(1, 3))}
+    dense["__base__"] = layer
+    x = inputs(tokens, 5, 19)
+    names = ["a", "__base__", "b", "a"]
+    with route(names if tokens else "a"):
+        y = wrapper(*x)
+    expected = [dense[n](*(t[row : row + 1] for t in x)) for row, n in enumerate(names[:tokens])]
+    # Float32 sums of base and delta apart instead of together, over some thirty products of values up to 5.
+    torch.testing.assert_close(y, torch.cat(expected) if tokens else x[0], rtol=1e-5, atol=1e-3)
+    with route("b"):
+        torch.testing.assert_close(wrapper(*x), dense["b"](*x), rtol=1e-5, atol=1e-3)
+    for name in ("a", "b"):
+        for parameter, value in wrapper.dense_parameters(wrapper.slots.slot(name)).items():
+            torch.testing.assert_close(value, dense[name].get_parameter(parameter), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_tokens_sum_does_not_depend_on_the_others():
+    layer = Experts(4, 20, 20, True)
+    wrapper = wrap(layer, SlotTable(2))
+    with_deltas(layer, wrapper, "a", range(4))
+    x, index, weights = inputs(6, 4, 20)
+    index[:] = index[0]  # as many rows for each expert as there are tokens, in a call of one token too
+    with route(["a"] * 6):
+        y = wrapper(x, index, weights)
+    for row in range(6):
+        with route("a"):
+            again = wrapper(*(t[row : row + 1].expand(6, -1) for t in (x, index, weights)))
+        assert torch.equal(again[0], y[row])
+
+
+@torch.no_grad()
+def test_mixtures_gradients_and_deleted_experts():
+    layer = Experts(4, 20, 24, True)
+    wrapper = wrap(layer, SlotTable(3))
+    dense = {name: with_deltas(layer, wrapper, name, experts) for name, experts in (("a", range(4)), ("b", range(2)))}
+    slot = wrapper.slots.reserve()
+    wrapper.mix_slots(slot, [(0, 0.25), (1, 2.0)])
+    wrapper.slots.occupy("both", slot)
+    mixed = copy.deepcopy(layer)
+    for name, own in mixed.named_parameters():
+        for weight, other in ((0.25, dense["a"]), (2.0, dense["b"])):
+            own += weight * (other.get_parameter(name) - layer.get_parameter(name))
+    x = inputs(3, 4, 20)
+    wrapper.delete_adapter("a")  # its pages stay for the mixture
+    with route("both"):
+        torch.testing.assert_close(wrapper(*x), mixed(*x), rtol=1e-4, atol=1e-3)
+    with torch.enable_grad(), route(["both", "__base__", "b"]):
+        leaf = x[0].clone().requires_grad_()
+        wrapper(leaf, *x[1:]).square().sum().backward()
+    with torch.enable_grad():
+        own = x[0].clone().requires_grad_()
+        rows = [d(*(t[i : i + 1] for t in (own, *x[1:]))) for i, d in enumerate((mixed, layer, dense["b"]))]
+        torch.cat(rows).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, own.grad, rtol=1e-3, atol=1e-3 * float(own.grad.abs().max()))
+    for name in ("both", "b"):
+        wrapper.delete_adapter(name)
+    assert all(bank.nbytes_of(slot) == 0 for bank in wrapper.banks.values() for slot in range(3))
+    assert all(len(bank._free) == len(bank.pages) for bank in wrapper.banks.values())
+
+
+@torch.no_grad()
+def test_experts_that_are_kept_in_another_way_are_served_too():
+    layer = Experts(4, 20, 24, True)
+    layer.extra = nn.Parameter(torch.zeros(20))
+    assert "other parameters" in why_not_experts(layer)
+    wrapper = wrap(layer, SlotTable(3))
+    assert type(wrapper) is DTSModule
+    dense = {"a": with_deltas(layer, wrapper, "a", range(4)), "b": with_deltas(layer, wrapper, "b", range(2))}
+    x = inputs(2, 4, 20)
+    with route(["b", "a"]):
+        y = wrapper(*x)
+    expected = torch.cat([dense[n](*(t[row : row + 1] for t in x)) for row, n in enumerate("ba")])
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+    wrapper.check_parameters({})
+    for name in ("gate_up_proj[4,0/2]", "down_proj[0,0/1", "extra[0,0/1]", "other[0,0/1]"):
+        with pytest.raises(BaseMismatchError, match="has no parameter"):
+            wrapper.check_parameters({name: fit(torch.randn(24, 20), rank=1)})
+    with pytest.raises(BaseMismatchError, match="the base has shape"):
+        wrapper.check_parameters({"down_proj[3,0/1]": fit(torch.randn(24, 20), rank=1)})
+    for change in ({"is_transposed": True}, {"is_concatenated": False}, {"has_bias": True}, {"num_experts": None}):
+        other = Experts(2, 4, 4, True)
+        other.__dict__.update(change)
+        assert why_not_experts(other) is not None
+
+
+def test_a_bank_of_fixed_capacity_counts_all_matrices():
+    bank = Bank(128, 2, parts=3, arena=Arena(5, 2))
+    ones = torch.ones(2, 128, dtype=torch.uint8)
+    assert bank.fits([2, 2, 1])
+    assert not bank.fits([2, 2, 2])
+    assert not bank.fits([3])
+    for part in (0, 2):
+        bank.load(0, ones, part=part)
+    assert bank.nbytes_of(0) == 4 * 128
+    assert bank.nbytes_of(1) == 0
+    assert bank.fits([1])
+    assert not bank.fits([2])
+    assert bank.fits([2, 2], without=[0])
+    with pytest.raises(CapacityError):
+        bank.reserve([1, 1])
+    assert (bank.slot_pages >= 0).sum(1).tolist() == [2, 0, 2, 0, 0, 0]
+    bank.evict(0)
+    assert bank.fits([2, 2, 1])
+    assert (bank.slot_pages == -1).all()
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3])
+def test_names_of_pieces(make):
+    model = make()
+    names = names_in_checkpoint(model)
+    saved = transformers.core_model_loading.revert_weight_conversion(model, dict(model.named_parameters()))
+    parameters = dict(model.named_parameters())
+    assert set(saved) <= set(names)
+    for name, tensor in saved.items():
+        path, _, leaf = names[name].rpartition(".")
+        piece = Piece.named(leaf)
+        own = parameters[names[name]] if piece is None else piece.of(parameters[f"{path}.{piece.parameter}"])
+        assert torch.equal(own, tensor), name
+    assert sum(Piece.named(name.rpartition(".")[2]) is not None for name in names.values()) > 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [mixtral, qwen3])
+def test_models_with_experts(tmp_path, make):
+    model, dense = adapters(tmp_path, make)
+    assert all(type(layer.mlp.experts) is DTSExperts for layer in model.model.model.layers)
+    ids, names = torch.randint(3, 99, (3, 5)), ["b", "__base__", "a"]
+    mixed = model(ids, adapter_names=names).logits
+    expected = torch.stack([dense[n](ids).logits[row] for row, n in enumerate(names)])
+    # Float32 sums of base and delta apart instead of together.
+    tolerance = {"rtol": 1e-4, "atol": 1e-4 * float(expected.abs().max())}
+    torch.testing.assert_close(mixed, expected, **tolerance)
+    tokens = model.generate(ids, adapter_names=names, max_new_tokens=4, do_sample=False)
+    for row, name in enumerate(names):
+        alone = dense[name].generate(ids[row : row + 1], max_new_tokens=4, do_sample=False)
+        assert torch.equal(tokens[row : row + 1], alone)
+    report = model.memory_report()["adapters"]
+    codes = {name: load_adapter(tmp_path / name).nbytes for name in "ab"}
+    assert all(report[name] > codes[name] / 2 for name in "ab")
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "both")
+    assert torch.isfinite(model(ids, adapter_names="both").logits).all()
+    with pytest.raises(RoutingError, match="2 adapter names for a batch of 3 rows"):
+        model(ids, adapter_names=["a", "b"])
+    model.set_adapter("b")
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, dense["b"](ids).logits, **tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [{"max_rank": 24}, {"max_bytes": 400_000}])
+def test_fixed_memory_and_eviction_with_experts(tmp_path, limit):
+    _, dense = adapters(tmp_path, mixtral)
+    base = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model = DTSModel(base, 1, eviction="lru", **limit)
+    for name in "ab":
+        model.load_adapter(tmp_path / name, name)
+    ids = torch.randint(3, 99, (2, 4))
+    banks = [bank for module in model.modules() if isinstance(module, DTSExperts) for bank in module.banks.values()]
+    arenas = [bank.pages.data_ptr() for bank in banks]
+    for name in "abab":
+        expected = dense[name](ids).logits
+        logits = model(ids, adapter_names=name).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert [bank.pages.data_ptr() for bank in banks] == arenas
+    if "max_bytes" in limit:
+        assert model.memory_report()["reserved"] <= limit["max_bytes"]
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_choice_of_experts(tmp_path):
+    torch.manual_seed(3)
+    mixtral().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    for name in "ab":
+        tuned = copy.deepcopy(base)
+        for parameter in tuned.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+        tuned.save_pretrained(tmp_path / f"tuned_{name}")
+        compress(tmp_path / "base", tmp_path / f"tuned_{name}", tmp_path / name, DTSConfig(rank=4, exclude=r"\.gate\."))
+    model = DTSModel(base.eval(), max_rank=16)
+    model.load_adapter(tmp_path / "a", "a")
+    eager = {}
+    ids = torch.randint(3, 99, (2, 4))
+    model.load_adapter(tmp_path / "b", "b")
+    for names in (["a", "b"], ["b", "__base__"]):
+        eager[tuple(names)] = model(ids, adapter_names=names, use_cache=False).logits
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    model.compile(backend=counter, fullgraph=True)
+    for names, expected in eager.items():
+        logits = model(ids, adapter_names=list(names), use_cache=False).logits
+        # bfloat16: base and delta of the grouped products are rounded apart.
+        torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
