@@ -43,7 +43,8 @@ class Wrapping:
             raise
 
     def _wrap_in(self, owned: Owned, new: Owned, arenas: Mapping[str, Mapping[str, Arena]]) -> dict[str, DTSModule]:
-        made, slow = {}, []
+        made: dict[str, DTSModule] = {}
+        slow: dict[str, list[str]] = {}  # by the layers' class
         for path, parameters in new.items():
             # Heads that come whole with an adapter are not the base's to compute with.
             whole = isinstance(parameters.get("weight"), Tensor)
@@ -51,14 +52,18 @@ class Wrapping:
             wrapper = wrap(self.live.modules[path], self.slots, path, arenas=arenas.get(path), prepack=prepack)
             made[path] = wrapper
             if type(wrapper) is DTSModule and not whole and wrapper.batch_first:
-                slow.append(f"{path} ({type(self.live.modules[path]).__name__})")
+                slow.setdefault(type(self.live.modules[path]).__name__, []).append(path)
         self.wrappers.update(made)
         self._share_banks(owned, new)
         for path, wrapper in made.items():
             self.live.put(path, wrapper)
         if slow:
+            named = (
+                f"{paths[0]} {f'and {len(paths) - 1} more ' if len(paths) > 1 else ''}({kind})"
+                for kind, paths in slow.items()
+            )
             warnings.warn(
-                f"no fast path for {', '.join(slow)}: a batch runs them once for each of its adapters. To leave them "
+                f"no fast path for {', '.join(named)}: a batch runs them once for each of its adapters. To leave them "
                 "at the base, compress with --exclude.",
                 stacklevel=5,
             )

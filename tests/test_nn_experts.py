@@ -21,7 +21,7 @@ from dts_fast.pieces import Piece
 from dts_fast.renaming import names_in_checkpoint
 from dts_fast.slots import SlotTable
 
-pytestmark = pytest.mark.filterwarnings("ignore:no fast path for .*TopKRouter")
+pytestmark = pytest.mark.filterwarnings("error:no fast path")
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 99, "num_experts_per_tok": 2,
@@ -275,7 +275,7 @@ def test_one_graph_serves_every_choice_of_experts(tmp_path):
         for parameter in tuned.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
         tuned.save_pretrained(tmp_path / f"tuned_{name}")
-        compress(tmp_path / "base", tmp_path / f"tuned_{name}", tmp_path / name, DTSConfig(rank=4, exclude=r"\.gate\."))
+        compress(tmp_path / "base", tmp_path / f"tuned_{name}", tmp_path / name, DTSConfig(rank=4))
     model = DTSModel(base.eval(), max_rank=16)
     model.load_adapter(tmp_path / "a", "a")
     eager = {}

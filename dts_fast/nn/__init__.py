@@ -8,8 +8,9 @@ A wrapper holds the original layer as ``base_layer`` and answers for its attribu
     norm.py       `DTSNorm`: layer and RMS norms
     conv.py       `DTSConv`
     experts.py    `DTSExperts`: the experts of a mixture
+    router.py     `DTSRouter`: their router, and other modules that multiply with a weight of their own
     module.py     `DTSModule`: anything else, run once for each distinct adapter of a batch
-    banked.py     what linear, embedding and conv share
+    banked.py     what linear, embedding, conv and router share
 """
 
 from __future__ import annotations
@@ -29,8 +30,19 @@ from .experts import DTSExperts, why_not_experts
 from .linear import DTSLinear, acts_like_linear
 from .module import DTSModule
 from .norm import DTSNorm, why_not_norm
+from .router import DTSRouter, why_not_router
 
-__all__ = ["BankedModule", "DTSConv", "DTSEmbedding", "DTSExperts", "DTSLinear", "DTSModule", "DTSNorm", "wrap"]
+__all__ = [
+    "BankedModule",
+    "DTSConv",
+    "DTSEmbedding",
+    "DTSExperts",
+    "DTSLinear",
+    "DTSModule",
+    "DTSNorm",
+    "DTSRouter",
+    "wrap",
+]
 
 # Tables that are looked up with [query, key] distances: their input has no batch dimension, whatever its size.
 _RELATIVE_POSITIONS = ("relative_attention_bias", "relative_position_bias", "rel_embeddings")
@@ -69,6 +81,8 @@ def wrap(
         wrapper = DTSNorm(layer, slots=slots)
     elif why_not_experts(layer) is None:
         wrapper = DTSExperts(layer, arenas=arenas, slots=slots)
+    elif why_not_router(layer) is None:
+        wrapper = DTSRouter(layer, arena=arena, slots=slots)
     else:
         wrapper = DTSModule(layer, slots=slots)
     wrapper.gathers = _OF_EXPERTS.search(path) is not None

@@ -363,7 +363,7 @@ class ReadParameter(Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        if (function.__self__.__name__ if name == "__get__" else name) in _TELLS_NO_VALUES:
+        if (function.__self__.__name__ if name == "__get__" else name) in TELLS_NO_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         if name == "__set__" or (name.endswith("_") and not name.endswith("__") and isinstance(args[0], cls)):
@@ -389,7 +389,7 @@ class ReadParameter(Tensor):
 
 
 # What is asked of a parameter's description.
-_TELLS_NO_VALUES = frozenset({
+TELLS_NO_VALUES = frozenset({
     "dtype", "device", "shape", "ndim", "itemsize", "nbytes", "layout", "requires_grad", "is_leaf", "is_cuda",
     "is_meta", "is_cpu", "is_sparse", "is_quantized", "size", "dim", "numel", "nelement", "element_size", "stride",
     "get_device", "is_contiguous", "is_floating_point", "is_complex", "ndimension", "__len__",

@@ -138,7 +138,8 @@ def _pages_of(slot_pages, slots, numbers, d, l0, L, PAGES: tl.constexpr):
     """(the d-th distinct slot, its pages l0 .. l0 + PAGES or -1)"""
     slot = tl.max(tl.where(numbers == d, slots, -1)).to(tl.int64)
     index = l0 + tl.arange(0, PAGES)
-    return slot, tl.load(slot_pages + slot * L + index, mask=(index < L) & (slot >= 0), other=-1)
+    listed = tl.where(slot >= 0, L, 0)
+    return slot, tl.load(slot_pages + slot * L + index, mask=index < listed, other=-1)
 
 
 @triton.jit
