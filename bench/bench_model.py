@@ -6,7 +6,7 @@ Random weights in bfloat16 (times do not depend on them), adapters at 1 % of eve
 `DTSModel`. "linear layers": adapters change the linear layers of the blocks, as PEFT's LoRAs beside them do; "all
 parameters": also embeddings, the (tied) head, biases and norms, as full fine-tunes do. A step is one token for each row
 of a batch, behind a prompt of 16. Candidates take turns within a round; what counts are ratios within rounds. PEFT has
-LoRAs of equal rank, and of equal bytes (16 bits an element, an eighth of the rank).
+LoRAs of equal rank, and of equal bytes (16 bits an element, an eighth of the rank). Needs Linux.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def decoding(
             "all parameters": with_adapters(sharing(plain), folder / SCOPES[1], adapters, False),
         }
         peft = {}
-        if adapters <= MOST_OF_PEFT:
+        # Its LoRAs of stacked experts are of another kind, and take no names for each row.
+        if adapters <= MOST_OF_PEFT and not hasattr(plain.config, "num_experts"):
             for label, equal_bytes in (("PEFT LoRA, equal rank", False), ("PEFT LoRA, equal bytes", True)):
                 peft[label] = with_peft(sharing(plain), adapters, equal_bytes)
         for _, composition, batch in (point for point in points if point[0] == adapters):
@@ -180,15 +181,24 @@ def loading(name: str, plain: nn.Module, folder: Path, file_bytes: dict[str, int
     }  # fmt: skip
 
 
+def process_bytes() -> int:
+    """What the process has of the system's memory, apart from mapped files (Linux)."""
+    gc.collect()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024
+
+
 def memory(name: str, plain: nn.Module, folder: Path, file_bytes: dict[str, int]) -> Iterator[dict[str, object]]:
     """Bytes of adapters in memory over those of their files; a dense model for each is what they replace."""
     for scope in SCOPES:
+        before = process_bytes()
         model = with_adapters(sharing(plain), folder / scope, 64, False)
-        report = model.memory_report()
+        report, grown = model.memory_report(), process_bytes() - before
         yield {
             "question": "memory", "model": name, "scope": scope, "adapters": 64, "base_bytes": report["base"],
             "file_bytes": file_bytes[scope], "resident_bytes": report["reserved"],
             "over_files": round(report["reserved"] / (64 * file_bytes[scope]), 4),
+            "process_over_files": round(grown / (64 * file_bytes[scope]), 4),
             "over_dense": round((report["base"] + report["reserved"]) / (64 * report["base"]), 5),
         }  # fmt: skip
 

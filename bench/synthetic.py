@@ -11,8 +11,10 @@ from dts_fast import Adapter, save_adapter
 from dts_fast.benchmark import random_delta, rank_for_share
 from dts_fast.codes import CodedVector, pack
 from dts_fast.fingerprint import take_fingerprint
+from dts_fast.pieces import Piece
+from dts_fast.renaming import names_in_checkpoint
 
-# As published; Llama-160M is JackFram/llama-160m.
+# As published; Llama-160M is JackFram/llama-160m. Of OLMoE-1B-7B a quarter of the layers, for memory's sake.
 MODELS = {
     "Qwen2.5-0.5B": {
         "architecture": "Qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
@@ -22,6 +24,11 @@ MODELS = {
     "Llama-160M": {
         "architecture": "Llama", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
         "num_attention_heads": 12, "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 1024,
+    },
+    "OLMoE-1B-7B, 4 layers": {
+        "architecture": "Olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": 50304,
+        "tie_word_embeddings": False, "max_position_embeddings": 1024,
     },
 }  # fmt: skip
 SCOPES = ("linear layers", "all parameters")
@@ -44,18 +51,31 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
 
 
+def _as_stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters as a checkpoint has them, each expert's matrices by themselves; views of the model's."""
+    live, stored = dict(model.named_parameters()), {}
+    for name, own in names_in_checkpoint(model).items():
+        path, _, leaf = own.rpartition(".")
+        piece = Piece.named(leaf)
+        if piece is not None:
+            stored[name] = piece.of(live[f"{path}.{piece.parameter}"])
+        elif own in live and live[own].dim() <= 2:  # a tied one has one name among the parameters
+            stored[name] = live[own]
+    return stored
+
+
 def write_adapter(folder: Path, model: nn.Module, scope: str, share: float, seed: int) -> int:
     """Write an adapter of random codes for a model that nothing has wrapped; returns the bytes of its files.
 
     Args:
-        scope: ``"linear layers"`` (the weights of `linears`) or ``"all parameters"``.
+        scope: ``"linear layers"`` (the weights of `linears`, and experts') or ``"all parameters"``.
         share: of the bytes of each matrix that its codes take.
     """
     torch.manual_seed(seed)
     own = {f"{name}.weight" for name in linears(model)}
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        if scope == "linear layers" and name not in own:
+    parameters, tensors = {}, _as_stored(model)
+    for name, parameter in tensors.items():
+        if scope == "linear layers" and name not in own and ".experts." not in name:
             continue
         if parameter.dim() == 2:
             n, k = parameter.shape
@@ -64,7 +84,6 @@ def write_adapter(folder: Path, model: nn.Module, scope: str, share: float, seed
             codes = pack(torch.randint(0, 4, (parameter.numel(),), dtype=torch.uint8))
             levels = torch.tensor([0.02, 0.01, -0.01, -0.02])
             parameters[name] = CodedVector(codes, levels, tuple(parameter.shape))
-    tensors = dict(model.named_parameters())
     config = {
         "base_model_name_or_path": "random weights",
         "base_nbytes": sum(p.nbytes for p in model.parameters()),

@@ -166,17 +166,20 @@ class Bank(nn.Module):
         self._load(slot * self.parts + part, pages.shape[0], write, weight)
 
     def load_delta(self, slot: int, delta: LowRankDelta | DeltaSum, *, part: int = 0) -> None:
-        """`load` of a delta's pages, written where they are to lie."""
-        if self._buffers["pages"].is_cuda or terms_of(delta)[0].s.is_cuda:
+        """`load` of a delta's pages, written where they are to lie, or into what a GPU copies from."""
+        if terms_of(delta)[0].s.is_cuda:
             self.load(slot, pages_of(delta), part=part)
             return
 
         def write(taken: list[int]) -> None:
             pages = self._buffers["pages"]
-            if taken[-1] - taken[0] == len(taken) - 1:
+            if not pages.is_cuda and taken[-1] - taken[0] == len(taken) - 1:
                 pages_of(delta, out=pages.narrow(0, taken[0], len(taken)))
-            else:
-                pages[taken] = pages_of(delta)
+                return
+            staged = torch.empty(len(taken), pages.shape[1], dtype=torch.uint8, pin_memory=pages.is_cuda)
+            pages_of(delta, out=staged)
+            for first, last in _runs(taken):
+                pages[taken[first] : taken[last] + 1].copy_(staged[first : last + 1], non_blocking=True)
 
         self._load(slot * self.parts + part, page_count(delta), write, 1.0)
 

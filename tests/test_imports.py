@@ -66,7 +66,7 @@ ALLOWED = {
     "nn.linear": {"bank", "errors", "nn.banked", "nn.module", "ops", "prepack", "routing", "slots"},
     "nn.embedding": {"bank", "codes", "nn.banked", "ops", "routing", "slots"},
     "nn.experts": {"bank", "codes", "nn.module", "ops", "pieces", "routing", "slots"},
-    "nn.router": {"bank", "nn.banked", "nn.module", "ops", "routing", "slots"},
+    "nn.router": {"bank", "errors", "nn.banked", "nn.module", "ops", "routing", "slots"},
     "nn.conv": {"bank", "codes", "nn.banked", "nn.module", "ops", "routing", "slots"},
     "nn.norm": {"bank", "codes", "nn.module", "routing", "slots"},
     "nn": {

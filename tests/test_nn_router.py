@@ -35,6 +35,7 @@ AS_EXPECTED = {
     "wide": lambda x, w: linear(x.type(torch.float32), w.type(torch.float32)).sigmoid(),
     "wider": lambda x, w: linear(x.to(torch.float64), w.to(torch.float64)).float(),
     "twice": lambda x, w: linear(x, w) + linear(x.float().to(w.dtype), w),
+    "by name": lambda x, w: linear(weight=w, input=x),
     "with more": lambda x, w: linear(x.to(w.device, w.dtype), w, torch.ones(w.shape[0])).topk(3).values,
 }
 OTHERWISE = {
@@ -46,6 +47,16 @@ OTHERWISE = {
     "in a list": lambda x, w: linear(x, torch.cat([w, w])),
     "its data": lambda x, w: linear(x, w.data),
     "not at all": lambda x, w: linear(x, torch.from_numpy(w.detach().numpy())),
+}
+
+
+# Each row by itself, so that what is expected of a batch is what each row alone gives.
+WRITES = {
+    "in place": lambda x, w: linear(x.mul_(2), w),
+    "by an operator": lambda x, w: linear(x.__imul__(2), w),
+    "through a view": lambda x, w: (x[:, 0].zero_(), linear(x, w))[1],
+    "by an index": lambda x, w: (x.__setitem__((slice(None), 1), 0.0), linear(x, w))[1],
+    "as an output": lambda x, w: linear(torch.exp(x, out=x), w),
 }
 
 
@@ -68,12 +79,73 @@ def test_weights_that_are_used_otherwise(kind):
     assert type(wrapper) is DTSRouter
     with pytest.warns(UserWarning, match="no fast path for Router"), route(ROWS), torch.no_grad():
         wrapper(torch.randn(4, 5, 19))
-    assert wrapper.loaded == {}
+    assert not wrapper.as_expected
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_rows_are_their_own(wrapper, dense, torch.randn(4, 5, 19), 1e-4)
         wrapper.load_adapter("late", weight=fit(torch.randn(21, 19), rank=2))
         assert set(wrapper.stored) == {0, 1, 2}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", WRITES)
+def test_inputs_that_are_written_to(kind):
+    wrapper, dense = both(Router(WRITES[kind]))
+    x = torch.randn(4, 5, 19)
+    expected = [WRITES[kind](x[i : i + 1].clone(), dense[name]["weight"]) for i, name in enumerate(ROWS)]
+    with pytest.warns(UserWarning, match="no fast path for Router"), route(ROWS):
+        torch.testing.assert_close(wrapper(x.clone()), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_linear_layers_that_do_more():
+    class Gate(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.float()).sigmoid(), x
+
+    wrapper, dense = both(Gate(19, 21))
+    assert type(wrapper) is DTSRouter
+    x = torch.randn(4, 19)
+    with route(ROWS):
+        y, same = wrapper(x)
+    expected = torch.cat([linear(x[i : i + 1], **dense[name]) for i, name in enumerate(ROWS)]).sigmoid()
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert same is x
+    assert wrapper.as_expected
+
+
+@torch.no_grad()
+def test_calls_that_run_while_another_gives_up():
+    wrapper, dense = both(Router(lambda x, w: linear(x, w) if entered.is_set() else x @ w.T))
+    entered, given_up, seen = threading.Event(), threading.Event(), []
+
+    class Waits(nn.Module):
+        def forward(self, x):
+            entered.set()
+            given_up.wait(60)
+            return linear(x, self.weight)
+
+    waiting = Waits()
+    waiting.weight = wrapper.base_layer.weight
+    x, plain = torch.randn(3, 19), wrapper.base_layer
+
+    def run() -> None:
+        with route("a"), torch.no_grad():
+            seen.append(wrapper(x))
+
+    wrapper.base_layer = waiting
+    thread = threading.Thread(target=run)
+    thread.start()
+    entered.wait(60)
+    with pytest.warns(UserWarning, match="no fast path"):
+        wrapper._give_up()
+    given_up.set()
+    thread.join()
+    wrapper.base_layer = plain
+    torch.testing.assert_close(seen[0], linear(x, dense["a"]["weight"]), rtol=1e-4, atol=1e-4)
+    wrapper.delete_adapter("a")
+    assert wrapper.bank.nbytes_of(0) == 0
+    assert list(wrapper.stored) == [1]
 
 
 def test_flattened_rows_gradients_and_tokens_that_do_not_fit():

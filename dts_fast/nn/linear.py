@@ -149,5 +149,7 @@ class DTSLinear(BankedModule):
 
 def acts_like_linear(layer: nn.Module) -> bool:
     """Whether `DTSLinear` can serve a layer: linear by type, or by its sizes (libraries' own quantised layers)."""
+    if isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward and is_plain(layer.weight):
+        return False  # it may do more than multiply (a router): its output is then not to be added to
     by_size = has_features(layer) and not any(True for _ in layer.children())
     return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D" or by_size

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .. import ops
 from ..bank import Arena
+from ..errors import RoutingError
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
@@ -19,8 +20,9 @@ from .module import TELLS_NO_VALUES, DTSModule, Parameter, batch_shape, is_plain
 
 
 class DTSRouter(BankedModule):
-    """A module with a ``weight`` [N, K] that only `torch.nn.functional.linear` gets to see, with the module's input as
-    it came (reshaped or in another dtype): its own code runs, and the product in it gets the adapters' deltas.
+    """A module with a ``weight`` [N, K] (and a ``bias`` [N]) that only `torch.nn.functional.linear` gets to see, with
+    the module's input as it came (reshaped or in another dtype): its own code runs, and the product in it gets the
+    adapters' deltas.
 
     Where that turns out not to be so, it is served as any other module, once for each distinct adapter of a batch.
 
@@ -41,7 +43,7 @@ class DTSRouter(BankedModule):
         self.as_expected = True
 
     def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
-        if self.as_expected and parameters.keys() == {"weight"}:
+        if self.as_expected and parameters.keys() <= {"weight", "bias"}:
             super().load_slot(slot, parameters)
         else:
             DTSModule.load_slot(self, slot, parameters)
@@ -60,39 +62,50 @@ class DTSRouter(BankedModule):
     def forward_fast(self, slots: Slots, *args, **kwargs):
         if not self._touched(slots):
             return self._base(*args, **kwargs)
-        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-        inputs = [leaf for leaf in leaves if leaf.shape[0] == leaves[0].shape[0]]
-        bank, found = self.bank.tensors, []
-
-        def add(x: Tensor, y: Tensor) -> Tensor:
-            found.append(True)
-            rows = x.reshape(-1, self.layout.k)
-            if rows.shape[0] % (1 if isinstance(slots, int) else len(slots)):
-                raise _UnexpectedError
-            dtype = y.dtype if y.dtype in (torch.bfloat16, torch.float16) else torch.float32
-            flat = y.reshape(-1, self.layout.n).to(dtype)
-            ops.add_delta_(flat, rows.to(dtype), *bank, slot_ids(slots, rows.shape[0], x.device))
-            return flat.view(y.shape).to(y.dtype)
-
         try:
-            with _Products(self.base_layer.weight, inputs, add):
-                result = self._base(*args, **kwargs)
-            if found:
-                return result
+            return self._with_deltas(slots, args, kwargs)
         except _UnexpectedError:
-            pass
-        self._give_up()
+            self._give_up()
         return DTSModule.forward(self, *args, **kwargs)
 
+    def _with_deltas(self, slots: Slots, args: tuple, kwargs: dict):
+        try:
+            self._refuse_state((*args, *kwargs.values()))
+        except RoutingError as error:  # it could be changed twice
+            raise _UnexpectedError from error
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+        inputs = [leaf for leaf in leaves if leaf.shape[0] == leaves[0].shape[0]]
+        bank, biases, found = self.bank.tensors, self._touches_bias(slots), []
+
+        def add(x: Tensor, y: Tensor, bias: object) -> Tensor:
+            found.append(True)
+            rows = x.reshape(-1, self.layout.k)
+            if rows.shape[0] % (1 if isinstance(slots, int) else len(slots)) or (biases and bias is None):
+                raise _UnexpectedError
+            ids = slot_ids(slots, rows.shape[0], x.device)
+            dtype = y.dtype if y.dtype in (torch.bfloat16, torch.float16) else torch.float32
+            flat = y.reshape(-1, self.layout.n).to(dtype)
+            ops.add_delta_(flat, rows.to(dtype), *bank, ids)
+            if biases:
+                values = self.biases.values.float()
+                flat = flat + (values[ids] - values[-1]).to(dtype)
+            return flat.view(y.shape).to(y.dtype)
+
+        weights = [self.base_layer.weight, *([self.base_layer.bias] if biases else [])]
+        with _Products(weights, inputs, add):
+            result = self._base(*args, **kwargs)
+        if not found:
+            raise _UnexpectedError
+        return result
+
     def _give_up(self) -> None:
+        """From now on as any other module. What the bank holds stays there: calls of other threads compute with it."""
         with self.slots.loading:
             if not self.as_expected:
                 return
-            self.as_expected = False
             for slot in list(self.loaded):
                 DTSModule.load_slot(self, slot, self.parameters_of(slot))
-                del self.loaded[slot]
-                self.bank.evict(slot)
+            self.as_expected = False
         warnings.warn(
             f"no fast path for {type(self.base_layer).__name__}: it computes with its weight in another way than a "
             "product with its input. A batch runs it once for each of its adapters. To leave it at the base, compress "
@@ -119,28 +132,35 @@ class _Products(TorchFunctionMode):
     """Within, products of inputs with a weight get something added.
 
     Args:
-        weight: what is looked for, also in other dtypes.
+        weights: the weight, and perhaps its bias; also looked for in other dtypes.
         inputs: whose rows are known, also reshaped and in other dtypes: rows that were reordered would get another
             one's adapter.
-        add: takes ``x [..., K]`` and the product ``y [..., N]``, and returns the sum.
+        add: takes ``x [..., K]``, the product ``y [..., N]`` and its bias, and returns the sum.
 
     Raises:
-        _UnexpectedError: the weight is used in any other way.
+        _UnexpectedError: the weight is used in any other way, or an input is written to (before it is).
     """
 
-    def __init__(self, weight: Tensor, inputs: list[Tensor], add: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, weights: list[Tensor], inputs: list[Tensor], add: Callable[[Tensor, Tensor, object], Tensor]
+    ) -> None:
         super().__init__()
-        self.weights, self.inputs, self.add = [weight], inputs, add
+        self.weights, self.inputs, self.add = weights, inputs, add
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         first = args[0] if args else None
-        if function is nn.functional.linear and len(args) > 1 and _is_among(args[1], self.weights):
-            if not _is_among(first, self.inputs):
-                raise _UnexpectedError
-            return self.add(first, result)
+        written = first if name in _WRITES else kwargs.get("out")
+        if isinstance(written, Tensor) and self._is_of_an_input(written):
+            raise _UnexpectedError
+        result = function(*args, **kwargs)
+        if function is nn.functional.linear:
+            x, weight, bias = (*args, *(kwargs.get(n) for n in ("input", "weight", "bias")[len(args) :]))
+            if _is_among(weight, self.weights):
+                if not _is_among(x, self.inputs):
+                    raise _UnexpectedError
+                return self.add(x, result, bias)
         if any(_is_among(value, self.weights) for value in pytree.tree_leaves((args, kwargs))):
             if name in _CASTS and _is_among(first, self.weights):
                 self.weights.append(result)
@@ -150,9 +170,21 @@ class _Products(TorchFunctionMode):
             self.inputs.append(result)
         return result
 
+    def _is_of_an_input(self, tensor: Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return _is_among(tensor, self.inputs)
+        memory = tensor.untyped_storage().data_ptr()
+        return any(memory == each.untyped_storage().data_ptr() for each in self.inputs)
+
 
 # By the names of Tensor's methods.
 _CASTS = frozenset({"to", "type", "float", "half", "bfloat16"})
+_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_WRITES = frozenset(
+    [name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")]
+    + [f"__i{name}__" for name in _OPERATORS]
+    + ["__setitem__"]
+)
 _KEEPS_ROWS = _CASTS | {"reshape", "view", "flatten", "contiguous", "unsqueeze", "squeeze", "detach"}
 
 
