@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 
@@ -138,19 +138,12 @@ class Bank(nn.Module):
             return True
         if max(counts, default=0) > self.arena.per_slot:
             return False
+        if sum(counts) <= len(self._free):
+            return True
         emptied = {row for slot in without for row in self._rows(slot)}
         freed = {page for row in emptied for page in self._listed[row]}
         left = {page for row, pages in self._listed.items() if row not in emptied for page in pages}
         return sum(counts) <= len(self._free) + len(freed - left)
-
-    @_outside_inference_mode
-    def reserve(self, counts: Collection[int]) -> None:
-        """Make room for matrices of so many pages at once: each load would otherwise move the whole arena.
-
-        Raises:
-            CapacityError: a bank of fixed capacity has too few pages.
-        """
-        self._make_room(max(counts, default=0), new=sum(counts))
 
     def load(self, slot: int, pages: Tensor, weight: float = 1.0, *, part: int = 0) -> None:
         """Write the pages of an adapter's matrix and let a slot list them.
@@ -159,43 +152,52 @@ class Bank(nn.Module):
             CapacityError: a bank of fixed capacity has too few pages; nothing was changed.
         """
 
-        def write(taken: list[int]) -> None:
+        def write(part: int, taken: list[int]) -> None:
             for first, last in _runs(taken):
                 self.pages[taken[first] : taken[last] + 1].copy_(_staged(pages[first : last + 1], self.pages), True)
 
-        self._load(slot * self.parts + part, pages.shape[0], write, weight)
+        self._load(slot, {part: pages.shape[0]}, write, weight)
 
-    def load_delta(self, slot: int, delta: LowRankDelta | DeltaSum, *, part: int = 0) -> None:
-        """`load` of a delta's pages, written where they are to lie, or into what a GPU copies from."""
-        if terms_of(delta)[0].s.is_cuda:
-            self.load(slot, pages_of(delta), part=part)
-            return
+    def load_deltas(self, slot: int, deltas: Mapping[int, LowRankDelta | DeltaSum]) -> None:
+        """`load` of some matrices of a slot, by part: their pages are written where they are to lie, or into what a GPU
+        copies from."""
 
-        def write(taken: list[int]) -> None:
-            pages = self._buffers["pages"]
-            if not pages.is_cuda and taken[-1] - taken[0] == len(taken) - 1:
+        def write(part: int, taken: list[int]) -> None:
+            pages, delta = self._buffers["pages"], deltas[part]
+            on_gpu = terms_of(delta)[0].s.is_cuda
+            if not (pages.is_cuda or on_gpu) and taken[-1] - taken[0] == len(taken) - 1:
                 pages_of(delta, out=pages.narrow(0, taken[0], len(taken)))
                 return
-            staged = torch.empty(len(taken), pages.shape[1], dtype=torch.uint8, pin_memory=pages.is_cuda)
-            pages_of(delta, out=staged)
+            staged = None
+            if not on_gpu:
+                staged = torch.empty(len(taken), pages.shape[1], dtype=torch.uint8, pin_memory=pages.is_cuda)
+            staged = pages_of(delta, out=staged)
             for first, last in _runs(taken):
                 pages[taken[first] : taken[last] + 1].copy_(staged[first : last + 1], non_blocking=True)
 
-        self._load(slot * self.parts + part, page_count(delta), write, 1.0)
+        self._load(slot, {part: page_count(delta) for part, delta in deltas.items()}, write, 1.0)
 
     @_outside_inference_mode
-    def _load(self, row: int, count: int, write: Callable[[list[int]], None], weight: float) -> None:
-        if self.arena is not None and count > self.arena.per_slot:
-            raise CapacityError(f"the adapter takes {count} pages, a slot of this bank at most {self.arena.per_slot}.")
-        self._make_room(count, reusable=len(self._only_in(row)))
-        self._empty(row)
-        taken, self._free = self._free[:count], self._free[count:]
+    def _load(
+        self, slot: int, counts: Mapping[int, int], write: Callable[[int, list[int]], None], weight: float
+    ) -> None:
+        most, total = max(counts.values(), default=0), sum(counts.values())
+        if self.arena is not None and most > self.arena.per_slot:
+            raise CapacityError(f"the adapter takes {most} pages, a slot of this bank at most {self.arena.per_slot}.")
+        rows = [slot * self.parts + part for part in counts]
+        self._make_room(most, new=total, reusable=sum(len(self._only_in(row)) for row in rows))
+        self._empty(rows)
+        taken, self._free = self._free[:total], self._free[total:]
+        lists, first = {}, 0
         try:
-            if count:
-                write(taken)
-                self._list(row, taken, weight)
+            for row, (part, count) in zip(rows, counts.items(), strict=True):
+                if count:
+                    lists[row] = taken[first : first + count]
+                    first += count
+                    write(part, lists[row])
+            self._list(lists, weight)
         except BaseException:
-            if row not in self._listed:
+            if not any(row in self._listed for row in lists):
                 self._free = taken + self._free
             raise
 
@@ -221,26 +223,26 @@ class Bank(nn.Module):
                 weights.append(self.slot_weights[row, : len(listed)] * weight)
             self._make_room(len(pages), new=0)
             if pages:
-                self._list(slot * self.parts + part, pages, torch.cat(weights))
+                self._list({slot * self.parts + part: pages}, torch.cat(weights))
 
     @_outside_inference_mode
     def evict(self, slot: int) -> None:
         """Empty a slot and free the pages that no other slot shares."""
-        for row in self._rows(slot):
-            self._empty(row)
+        self._empty(self._rows(slot))
 
-    def _empty(self, row: int) -> None:
-        listed = self._listed.get(row, [])
-        if not listed:
+    def _empty(self, rows: Sequence[int]) -> None:
+        rows = [row for row in rows if row in self._listed]
+        if not rows:
             return
-        self.slot_pages[row] = -1
-        del self._listed[row]
+        for first, last in _runs(rows):
+            self.slot_pages[rows[first] : rows[last] + 1] = -1
         freed = []
-        for page in listed:
-            self._users[page] -= 1
-            if not self._users[page]:
-                del self._users[page]
-                freed.append(page)
+        for row in rows:
+            for page in self._listed.pop(row):
+                self._users[page] -= 1
+                if not self._users[page]:
+                    del self._users[page]
+                    freed.append(page)
         self._free += freed
         self._free.sort()
 
@@ -250,23 +252,27 @@ class Bank(nn.Module):
         numbers = self._listed.get(row, [])
         return self.pages[torch.tensor(numbers, dtype=torch.long)], self.slot_weights[row, : len(numbers)]
 
-    def _list(self, row: int, pages: list[int], weights: Tensor | float) -> None:
+    def _list(self, lists: Mapping[int, list[int]], weights: Tensor | float) -> None:
+        """Let rows list pages, all with one weight, or a single row's with its own."""
         _, slot_pages, slot_weights = self.tensors
-        if slot_pages.device.type != "cpu":
-            own_weights = slot_weights[row, : len(pages)]
-            if isinstance(weights, Tensor):
-                own_weights.copy_(weights)
-            else:
-                own_weights.fill_(weights)
-            # The list last: until it stands, the row is empty for whoever reads it.
-            listed = torch.tensor(pages, dtype=torch.int32)
-            slot_pages[row, : len(pages)].copy_(_staged(listed, slot_pages), True)
-        else:  # numpy takes a tenth of the time for so few numbers
-            slot_weights.numpy()[row, : len(pages)] = weights
-            slot_pages.numpy()[row, : len(pages)] = pages
-        self._listed[row] = pages
-        for page in pages:
-            self._users[page] = self._users.get(page, 0) + 1
+        if slot_pages.device.type == "cpu":  # numpy takes a tenth of the time for so few numbers
+            for row, pages in lists.items():
+                slot_weights.numpy()[row, : len(pages)] = weights
+                slot_pages.numpy()[row, : len(pages)] = pages
+        else:
+            shape = len(lists), max(map(len, lists.values()), default=0)
+            listed = torch.full(shape, -1, dtype=torch.int32)
+            for own, pages in zip(listed.numpy(), lists.values(), strict=True):
+                own[: len(pages)] = pages
+            listed = _staged(listed, slot_pages).to(slot_pages.device, non_blocking=True)
+            rows = _staged(torch.tensor(list(lists)), slot_pages).to(slot_pages.device, non_blocking=True)
+            # The lists last: until they stand, the rows are empty for whoever reads them.
+            slot_weights[:, : shape[1]].index_copy_(0, rows, (listed >= 0) * weights)
+            slot_pages[:, : shape[1]].index_copy_(0, rows, listed)
+        self._listed |= lists
+        for pages in lists.values():
+            for page in pages:
+                self._users[page] = self._users.get(page, 0) + 1
 
     def _only_in(self, row: int) -> list[int]:
         """The pages that this row lists and no other does."""

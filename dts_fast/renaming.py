@@ -30,7 +30,7 @@ def names_in_checkpoint(model: nn.Module) -> dict[str, str]:
         return names
     # One for each name, as tied parameters are one tensor under several; without memory, as saving copies what it
     # splits.
-    views = {name: torch.empty_like(parameter, device="meta") for name, parameter in parameters.items()}
+    views = {name: torch.empty(parameter.shape, device="meta") for name, parameter in parameters.items()}
     stacks = [name for name, parameter in parameters.items() if _is_stack(model, name, parameter)]
     views |= {name: _numbered(i, parameters[name].shape[0]) for i, name in enumerate(stacks)}
     own_name = {id(view): name for name, view in views.items()}
@@ -45,8 +45,9 @@ def names_in_checkpoint(model: nn.Module) -> dict[str, str]:
 
 def _is_stack(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter holds a matrix for each of its module's experts."""
-    experts = getattr(model.get_submodule(name.rpartition(".")[0]), "num_experts", None)
-    return parameter.dim() == 3 and parameter.shape[0] == experts
+    path, _, leaf = name.rpartition(".")
+    experts = getattr(model.get_submodule(path), "num_experts", None)
+    return parameter.dim() == 3 and (parameter.shape[0] == experts or leaf in ("gate_up_proj", "up_proj", "down_proj"))
 
 
 _NUMBERS = 2**32  # for each stack; more than it has

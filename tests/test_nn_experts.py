@@ -196,7 +196,7 @@ def test_a_bank_of_fixed_capacity_counts_all_matrices():
     assert not bank.fits([2])
     assert bank.fits([2, 2], without=[0])
     with pytest.raises(CapacityError):
-        bank.reserve([1, 1])
+        bank._load(1, {0: 1, 1: 1}, lambda part, taken: None, 1.0)
     assert (bank.slot_pages >= 0).sum(1).tolist() == [2, 0, 2, 0, 0, 0]
     bank.evict(0)
     assert bank.fits([2, 2, 1])

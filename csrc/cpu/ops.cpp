@@ -33,10 +33,18 @@ void check_range(const at::Tensor& slot_ids, int64_t slots) {
                     " slots, got ", *low, "..", *high, ".");
 }
 
-void check_pages(const at::Tensor& slot_pages, int64_t pages) {
+// The lists that are used; a bank may have tens of thousands (each expert of each adapter), and a call takes
+// microseconds.
+void check_pages(const at::Tensor& slot_ids, const at::Tensor& slot_pages, int64_t pages) {
+  const int32_t* const ids = slot_ids.const_data_ptr<int32_t>();
   const int32_t* const listed = slot_pages.const_data_ptr<int32_t>();
-  if (!slot_pages.numel()) return;
-  const int32_t most = *std::max_element(listed, listed + slot_pages.numel());
+  const int64_t length = slot_pages.size(1);
+  int32_t most = -1;
+  for (int64_t m = 0; m < slot_ids.numel(); ++m) {
+    if (ids[m] < 0 || (m > 0 && ids[m] == ids[m - 1])) continue;
+    const int32_t* const list = listed + ids[m] * length;
+    for (int64_t i = 0; i < length && list[i] >= 0; ++i) most = std::max(most, list[i]);
+  }
   TORCH_CHECK_VALUE(most < pages, "dts_fast: slot_pages: expected pages below ", pages, ", got ", most, ".");
 }
 
@@ -67,7 +75,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
   check_bank(x, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
-  check_pages(slot_pages, pages.size(0));
+  check_pages(slot_ids, slot_pages, pages.size(0));
   // The result is of x's dtype, and its sums in float32, whatever autocast thinks of the products within.
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::Tensor rows = rows_in_order(x);
@@ -98,7 +106,7 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight, const st
   const int64_t m = x.size(0), n = out_features, k = x.size(1);
   check_bank(x, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
-  check_pages(slot_pages, pages.size(0));
+  check_pages(slot_ids, slot_pages, pages.size(0));
   at::Tensor y = at::empty({m, n}, x.options());
   const at::Tensor rows = rows_in_order(x), offset = bias ? bias->contiguous() : at::Tensor();
   Problem problem = {};
@@ -119,7 +127,7 @@ void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& pages, con
   const int64_t n = transpose ? x.size(1) : y.size(1), k = transpose ? y.size(1) : x.size(1);
   check_bank(x, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
-  check_pages(slot_pages, pages.size(0));
+  check_pages(slot_ids, slot_pages, pages.size(0));
   at::assert_no_internal_overlap(y);
   at::assert_no_overlap(y, x);
   const at::Tensor rows = rows_in_order(x);
@@ -142,7 +150,7 @@ at::Tensor embedding_delta(const at::Tensor& ids, int64_t n, int64_t k, const at
          "int64 or int32 [M]", ids);
   check_bank_of(ids, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
-  check_pages(slot_pages, pages.size(0));
+  check_pages(slot_ids, slot_pages, pages.size(0));
   const at::Tensor rows = ids.to(at::kLong).contiguous();
   const int64_t* const first = rows.const_data_ptr<int64_t>();
   if (rows.numel()) {

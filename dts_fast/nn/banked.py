@@ -46,7 +46,7 @@ class BankedModule(DTSModule):
         if not _are_deltas(parameters):
             return super().load_slot(slot, parameters)
         if "weight" in parameters:
-            self.bank.load_delta(slot, self._for_pages(parameters["weight"]))
+            self.bank.load_deltas(slot, {0: self._for_pages(parameters["weight"])})
         if "bias" in parameters:
             self.biases.load(slot, parameters["bias"])
         self.loaded[slot] = frozenset(parameters)

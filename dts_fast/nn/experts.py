@@ -13,7 +13,7 @@ from ..codes import PageLayout, from_pages, is_matrix
 from ..pieces import Piece
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
-from .module import DTSModule, Parameter, is_changed, is_plain
+from .module import DTSModule, Parameter, is_changed, is_hooked, is_plain
 
 
 class DTSExperts(DTSModule):
@@ -74,10 +74,7 @@ class DTSExperts(DTSModule):
         if by_bank is None:
             return super().load_slot(slot, parameters)
         for key, deltas in by_bank.items():
-            bank = self.banks[key]
-            bank.reserve([page_count(delta) for delta in deltas.values()])
-            for expert, delta in deltas.items():
-                bank.load_delta(slot, delta, part=expert)
+            self.banks[key].load_deltas(slot, deltas)
         self.loaded[slot] = frozenset(parameters)
         return None
 
@@ -116,13 +113,17 @@ class DTSExperts(DTSModule):
         for bank in self.banks.values():
             bank.evict(slot)
 
+    def runs_alone(self, slot: int) -> bool:
+        # A layer with hooks (a user's, or accelerate's) must run itself, or they do not.
+        return super().runs_alone(slot) or (slot in self.loaded and is_hooked(self.base_layer))
+
     # The computation.
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         inputs = hidden_states, top_k_index, top_k_weights
         if all_base():
             return self._base(*inputs)
-        if self.stored:
+        if self.stored or is_hooked(self.base_layer):
             return super().forward(*inputs)
         return self.forward_fast(self.traceable_slots(hidden_states.shape), *inputs)
 
@@ -132,7 +133,7 @@ class DTSExperts(DTSModule):
         layer, (tokens, choices) = self.base_layer, top_k_index.shape
         own = slot_ids(slots, tokens, hidden_states.device).long()
         # A token and one of its experts are a row. Those of an expert side by side: its weights are read once.
-        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        experts, order = top_k_index.reshape(-1).long().sort(stable=True)
         token = order // choices
         own = own[token]
         ids = torch.where(own >= 0, own * self.num_experts + experts, -1).int()
@@ -151,9 +152,10 @@ class DTSExperts(DTSModule):
         """A function that multiplies rows, sorted by expert, with a stack of the base's and the adapters' deltas."""
         counts = torch.zeros(self.num_experts, dtype=torch.long, device=x.device)
         counts = counts.index_add(0, experts, torch.ones_like(experts))
-        if (x.is_cuda or torch.compiler.is_compiling()) and _has_grouped_product(x, self.base_layer.down_proj):
+        product = _grouped_product(x, self.base_layer.down_proj)
+        if product is not None:
             ends = counts.cumsum(0).int()  # nothing waits for numbers, and a graph serves every choice of experts
-            return lambda x, name, ids: self._grouped(x, name, ids, ends)
+            return lambda x, name, ids: self._grouped(product, x, name, ids, ends)
         first, spans = 0, []
         for expert, count in enumerate(counts.tolist()):
             if count:
@@ -161,9 +163,9 @@ class DTSExperts(DTSModule):
             first += count
         return lambda x, name, ids: self._one_by_one(x, name, ids, spans)
 
-    def _grouped(self, x: Tensor, name: str, ids: Tensor, ends: Tensor) -> Tensor:
+    def _grouped(self, product: Callable[..., Tensor], x: Tensor, name: str, ids: Tensor, ends: Tensor) -> Tensor:
         stack = self.base_layer.get_parameter(name)
-        y = nn.functional.grouped_mm(x.to(stack.dtype), stack.transpose(1, 2), offs=ends)
+        y = product(x.to(stack.dtype), stack.transpose(1, 2), offs=ends)
         deltas = [torch.zeros(len(y), n, dtype=y.dtype, device=y.device) for n in self._sizes(name)]
         for delta, bank in zip(deltas, self._banks_of(name), strict=True):
             ops.add_delta_(delta, x.to(y.dtype), *bank.tensors, ids)
@@ -171,13 +173,12 @@ class DTSExperts(DTSModule):
 
     def _one_by_one(self, x: Tensor, name: str, ids: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
         stack = self.base_layer._parameters[name]
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, stack = x.to(dtype), stack.to(dtype)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else stack.dtype
+        x, results = x.to(dtype), [x.new_zeros(0, stack.shape[1], dtype=dtype)]
         banks = [bank.tensors for bank in self._banks_of(name)]
-        results = [x.new_zeros(0, stack.shape[1])]
         for expert, first, last in spans:
-            weights = stack[expert].chunk(len(banks))
+            weights = stack[expert].to(dtype).chunk(len(banks))
             mine, own = x[first:last], ids[first:last]
             parts = [ops.linear(mine, w, None, *bank, own) for w, bank in zip(weights, banks, strict=True)]
             results.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
@@ -219,7 +220,14 @@ def _stacks(layer: nn.Module) -> dict[str, int]:
     return {"gate_up_proj": 2, "down_proj": 1} if layer.has_gate else {"up_proj": 1, "down_proj": 1}
 
 
-def _has_grouped_product(x: Tensor, stack: Tensor) -> bool:
-    if not hasattr(nn.functional, "grouped_mm") or stack.dtype != torch.bfloat16:
-        return False
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
+def _grouped_product(x: Tensor, stack: Tensor) -> Callable[..., Tensor] | None:
+    """What multiplies groups of rows, each with its own matrix, without waiting for how many there are: on GPUs, and in
+    graphs. None where experts are to be taken one by one."""
+    if not (x.is_cuda or torch.compiler.is_compiling()):
+        return None
+    capable = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
+    if capable and stack.dtype == torch.bfloat16 and hasattr(nn.functional, "grouped_mm"):
+        return nn.functional.grouped_mm
+    if torch.compiler.is_compiling():  # the op that transformers' own experts use then
+        return getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return None

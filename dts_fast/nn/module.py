@@ -283,7 +283,7 @@ class DTSModule(nn.Module):
             rows = batch
         groups: dict[object, list[int]] = {}
         for row, slot in enumerate(slots):
-            groups.setdefault(slot if slot in self.stored else _FAST, []).append(row)
+            groups.setdefault(slot if self.runs_alone(slot) else _FAST, []).append(row)
         if groups.keys() == {_FAST}:
             return self.forward_fast(slots, *args, **kwargs)
         self._refuse_state((*args, *kwargs.values()))
@@ -296,7 +296,7 @@ class DTSModule(nn.Module):
             part = map_rows(lambda t, index=index: t[index.to(t.device)], rows, args, kwargs, least)
             part_slots = [slots[row] for row in members]
             with narrowed(members, batch):
-                if part_slots[0] in self.stored:
+                if self.runs_alone(part_slots[0]):
                     result = self._forward_one(part_slots[0], *part)
                 else:
                     result = self.forward_fast(part_slots, *part[0], **part[1])
@@ -325,8 +325,12 @@ class DTSModule(nn.Module):
                     "batches or without it (use_cache=False), or compress without its parameters (--exclude)."
                 )
 
+    def runs_alone(self, slot: int) -> bool:
+        """Whether the layer runs for this slot with its dense parameters."""
+        return slot in self.stored
+
     def _forward_one(self, slot: int, args, kwargs):
-        if slot not in self.stored:
+        if not self.runs_alone(slot):
             return self.forward_fast(slot, *args, **kwargs)
         return run_with(self.base_layer, self.dense_parameters(slot), args, kwargs)
 
