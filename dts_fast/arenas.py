@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .adapter_file import Parameter
 from .bank import MOST_MEMBERS, Arena, page_count
-from .codes import PageLayout, is_matrix, num_pages, terms_of
+from .codes import PageLayout, as_matrix, is_matrix, num_pages, terms_of
 from .errors import CapacityError, DTSError
 from .pieces import Piece
 
@@ -42,7 +42,7 @@ def _needs(module: nn.Module, parameters: Mapping[str, Parameter]) -> dict[str, 
     """By bank: that of the layer's ``weight``, or those of a mixture's experts."""
     needs: dict[str, _Need] = {}
     for name, parameter in parameters.items():
-        piece = Piece.named(name)
+        piece, parameter = Piece.named(name), as_matrix(parameter)
         if (name != "weight" and piece is None) or isinstance(parameter, Tensor) or not is_matrix(parameter):
             continue
         first = terms_of(parameter)[0]

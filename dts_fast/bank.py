@@ -259,20 +259,24 @@ class Bank(nn.Module):
             for row, pages in lists.items():
                 slot_weights.numpy()[row, : len(pages)] = weights
                 slot_pages.numpy()[row, : len(pages)] = pages
-        else:
-            shape = len(lists), max(map(len, lists.values()), default=0)
-            listed = torch.full(shape, -1, dtype=torch.int32)
-            for own, pages in zip(listed.numpy(), lists.values(), strict=True):
-                own[: len(pages)] = pages
-            listed = _staged(listed, slot_pages).to(slot_pages.device, non_blocking=True)
-            rows = _staged(torch.tensor(list(lists)), slot_pages).to(slot_pages.device, non_blocking=True)
-            # The lists last: until they stand, the rows are empty for whoever reads them.
-            slot_weights[:, : shape[1]].index_copy_(0, rows, (listed >= 0) * weights)
-            slot_pages[:, : shape[1]].index_copy_(0, rows, listed)
+        elif lists:
+            self._send(lists, weights)
         self._listed |= lists
         for pages in lists.values():
             for page in pages:
                 self._users[page] = self._users.get(page, 0) + 1
+
+    def _send(self, lists: Mapping[int, list[int]], weights: Tensor | float) -> None:
+        """Write lists on another device, all in one copy."""
+        _, slot_pages, slot_weights = self.tensors
+        listed = torch.full((len(lists), max(map(len, lists.values()))), -1, dtype=torch.int32)
+        for own, pages in zip(listed.numpy(), lists.values(), strict=True):
+            own[: len(pages)] = pages
+        listed = _staged(listed, slot_pages).to(slot_pages.device, non_blocking=True)
+        rows = _staged(torch.tensor(list(lists)), slot_pages).to(slot_pages.device, non_blocking=True)
+        # The lists last: until they stand, the rows are empty for whoever reads them.
+        slot_weights[:, : listed.shape[1]].index_copy_(0, rows, (listed >= 0) * weights)
+        slot_pages[:, : listed.shape[1]].index_copy_(0, rows, listed)
 
     def _only_in(self, row: int) -> list[int]:
         """The pages that this row lists and no other does."""

@@ -85,7 +85,7 @@ class Checkpoint:
         config = {}
         if config_file.is_file():
             try:
-                config = json.loads(config_file.read_text(encoding="utf-8"))
+                config = json.loads(config_file.read_text(encoding="utf-8"), object_hook=_number)
             except ValueError as error:
                 raise CheckpointError(
                     f"{config_file}: not valid JSON ({error}). Copy or download the model again."
@@ -201,6 +201,11 @@ def fetch_from_hub(repo_id: str) -> Path:
         raise CheckpointError(
             f"{repo_id}: no such local path, and the hub did not give it ({type(error).__name__}: {error})."
         ) from error
+
+
+def _number(value: dict[str, object]) -> object:
+    """Numbers that JSON has none for, as transformers writes them."""
+    return float(str(value["__float__"])) if value.keys() == {"__float__"} else value
 
 
 def common_prefix(names: Iterable[str], base_names: Iterable[str]) -> tuple[str, str]:

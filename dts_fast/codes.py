@@ -209,6 +209,18 @@ def terms_of(delta: Delta) -> tuple[LowRankDelta, ...] | tuple[CodedVector, ...]
     return delta.terms if isinstance(delta, DeltaSum) else (delta,)
 
 
+def as_matrix(delta):
+    """The delta of a single row or column as what a bank holds: one component, exactly; anything else as it is."""
+    if not isinstance(delta, CodedVector) or len(delta.shape) != 2 or 1 not in delta.shape:
+        return delta
+    n, k = delta.shape
+    one = delta.levels.new_tensor([1.0, 0.0, 0.0, 0.0])
+    long = CodedMatrix(delta.codes[None], delta.levels, delta.numel)
+    short = CodedMatrix(torch.zeros_like(delta.codes[None, :1]), one, 1)
+    u, v = (short, long) if n == 1 else (long, short)
+    return LowRankDelta(u, one[:1], v, (n, k))
+
+
 def is_matrix(delta: Delta) -> bool:
     """Whether a delta (or each of its terms) is a `LowRankDelta`."""
     return isinstance(terms_of(delta)[0], LowRankDelta)

@@ -51,7 +51,7 @@ class Wrapping:
             prepack = self.prepack and not self.live.is_tied(path) and not whole
             wrapper = wrap(self.live.modules[path], self.slots, path, arenas=arenas.get(path), prepack=prepack)
             made[path] = wrapper
-            if type(wrapper) is DTSModule and not whole and wrapper.batch_first:
+            if not (whole or wrapper.has_fast_path(parameters)) and wrapper.batch_first:
                 slow.setdefault(type(self.live.modules[path]).__name__, []).append(path)
         self.wrappers.update(made)
         self._share_banks(owned, new)

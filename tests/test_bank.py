@@ -136,3 +136,18 @@ def test_replaced_arenas_are_given_back_once_they_are_worth_it(monkeypatch):
         bank.load(slot, torch.ones(1, 1 << 20, dtype=torch.uint8))
         give_back_memory()
         assert len(trims) == (0 if slot < 11 else 1 if slot < 16 else 2 if slot < 20 else 3 if slot < 23 else 4), slot
+
+
+def test_lists_are_the_same_on_another_device():
+    """What is done for GPUs, on a CPU."""
+    lists, banks = {1: [4, 2, 0], 3: [], 4: [5]}, []
+    for _ in range(2):
+        bank = Bank(128, 3, parts=2, arena=Arena(6, 3))
+        banks.append(bank)
+    banks[0]._list(lists, 0.5)
+    banks[1]._send(lists, 0.5)
+    own = torch.tensor([0.25, 2.0])
+    banks[0]._list({0: [1, 3]}, own)
+    banks[1]._send({0: [1, 3]}, own)
+    for name, tensor in zip(("pages", "slot_pages", "slot_weights"), banks[0].tensors, strict=True):
+        assert torch.equal(tensor, getattr(banks[1], name)), name

@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+from dts_fast import fit_vector
 from dts_fast.codes import (
     CodedMatrix,
     LowRankDelta,
     PageLayout,
+    as_matrix,
     dequantize,
     from_pages,
     matrix_shape,
@@ -117,3 +119,17 @@ def test_a_tile_by_hand():
     for r in range(rank):
         assert [int(v_words[r // 16, i // 16, r % 16]) >> 2 * (i % 16) & 3 for i in range(k)] == v[r].tolist()
         assert [int(u_words[r // 16, j // 16, j % 16]) >> 2 * (r % 16) & 3 for j in range(n)] == u[r].tolist()
+
+
+@pytest.mark.parametrize("shape", [(1, 13), (13, 1), (1, 1)])
+def test_a_single_row_or_column_is_one_component_exactly(shape):
+    vector = fit_vector(torch.randn(shape))
+    matrix = as_matrix(vector)
+    assert matrix.shape == shape
+    assert torch.equal(matrix.dequantize(), vector.dequantize())
+    assert torch.equal(
+        from_pages(PageLayout(*shape), to_pages(matrix), torch.ones(1)).dequantize(), vector.dequantize()
+    )
+    assert as_matrix(matrix) is matrix
+    flat = fit_vector(torch.randn(6))
+    assert as_matrix(flat) is flat

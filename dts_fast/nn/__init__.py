@@ -85,5 +85,12 @@ def wrap(
         wrapper = DTSRouter(layer, arena=arena, slots=slots)
     else:
         wrapper = DTSModule(layer, slots=slots)
-    wrapper.gathers = _OF_EXPERTS.search(path) is not None
+    # Stacks of another library's, or of one expert: what comes in is sorted by expert, as far as one can tell.
+    own_sorting = type(wrapper) is DTSModule and _has_stacks(layer) and not hasattr(layer, "has_gate")
+    wrapper.gathers = own_sorting or _OF_EXPERTS.search(path) is not None
     return wrapper
+
+
+def _has_stacks(layer: nn.Module) -> bool:
+    experts = getattr(layer, "num_experts", None)
+    return any(p is not None and p.dim() == 3 and p.shape[0] == experts for p in layer._parameters.values())

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..bank import Arena, Bank, VectorTable, page_count
-from ..codes import PageLayout, from_pages, is_matrix, num_pages
+from ..codes import PageLayout, as_matrix, from_pages, is_matrix, num_pages
 from ..routing import Slots
 from ..slots import SlotTable
 from .module import DTSModule, Parameter
@@ -43,8 +43,9 @@ class BankedModule(DTSModule):
         self.loaded: dict[int, frozenset[str]] = {}
 
     def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
+        given, parameters = parameters, {name: as_matrix(p) for name, p in parameters.items()}
         if not _are_deltas(parameters):
-            return super().load_slot(slot, parameters)
+            return super().load_slot(slot, given)
         if "weight" in parameters:
             self.bank.load_deltas(slot, {0: self._for_pages(parameters["weight"])})
         if "bias" in parameters:
@@ -53,9 +54,15 @@ class BankedModule(DTSModule):
         return None
 
     def fits(self, parameters: Mapping[str, Parameter], without: Collection[int] = ()) -> bool:
-        if self.bank.arena is None or "weight" not in parameters or not _are_deltas(parameters):
+        if self.bank.arena is None or "weight" not in parameters:
+            return True
+        parameters = {name: as_matrix(p) for name, p in parameters.items()}
+        if not _are_deltas(parameters):
             return True
         return self.bank.fits([page_count(parameters["weight"])], without)
+
+    def has_fast_path(self, parameters: Mapping[str, Parameter]) -> bool:
+        return True
 
     def changes(self, slot: int, name: str) -> bool:
         return name in self.loaded.get(slot, ()) or super().changes(slot, name)

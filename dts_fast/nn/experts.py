@@ -85,6 +85,9 @@ class DTSExperts(DTSModule):
             for key, deltas in by_bank.items()
         )
 
+    def has_fast_path(self, parameters: Mapping[str, Parameter]) -> bool:
+        return self._by_bank(parameters) is not None
+
     def changes(self, slot: int, name: str) -> bool:
         return is_changed(name, self.loaded.get(slot, ())) or super().changes(slot, name)
 

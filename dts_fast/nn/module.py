@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,32 @@ class DTSModule(nn.Module):
             if name == "base_layer":
                 raise
             value = getattr(self.base_layer, name)
+            if inspect.ismethod(value) and value.__self__ is self.base_layer:
+                return self._method(name, value)
             return ReadParameter.of(value, self, name) if isinstance(value, nn.Parameter) else value
+
+    def _method(self, name: str, method: Callable) -> Callable:
+        """A method of the base layer that the model calls beside its forward, with the current adapter's parameters."""
+        if torch.compiler.is_compiling() or (current_route() is None and self.slots.active == BASE):
+            return method
+        try:
+            slots = named_slots(self.slots)
+        except UnknownAdapterError:
+            return method  # outside of calls, and the active adapter is evicted
+        if not any(self.changes(slot, own) for slot in slots for own in self.base_names()):
+            return method
+
+        def run(*args, **kwargs):
+            if len(slots) > 1:
+                raise RoutingError(
+                    f"the model calls {name}() of a {type(self.base_layer).__name__}, and the rows of this batch have "
+                    "different parameters there. Run these adapters in separate batches, or compress without it "
+                    "(--exclude)."
+                )
+            own = with_parameters(self.base_layer, self.dense_parameters(next(iter(slots))))
+            return getattr(own, name)(*args, **kwargs)
+
+        return run
 
     def load_adapter(self, name: str, delta: LowRankDelta | None = None, **parameters: Parameter) -> None:
         """Load an adapter for this layer.
@@ -203,6 +229,10 @@ class DTSModule(nn.Module):
     def fits(self, parameters: Mapping[str, Parameter], without: Collection[int] = ()) -> bool:
         """Whether `load_slot` would find room for these parameters, once these slots are empty."""
         return True
+
+    def has_fast_path(self, parameters: Mapping[str, Parameter]) -> bool:
+        """Whether rows with these parameters run together with others."""
+        return False
 
     # A subclass may hold a slot in its own way; these five belong together.
 

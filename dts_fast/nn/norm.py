@@ -46,6 +46,9 @@ class DTSNorm(DTSModule):
         for table in self.tables.values():
             table.evict(slot)
 
+    def has_fast_path(self, parameters: Mapping[str, Parameter]) -> bool:
+        return True
+
     def changes(self, slot: int, name: str) -> bool:
         return name in self.loaded.get(slot, ()) or super().changes(slot, name)
 

@@ -119,8 +119,8 @@ def why_not_router(layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if not is_plain(weight) or weight.dim() != 2:
         return "it has no weight [N, K]"
-    if isinstance(layer, nn.Embedding):
-        return "it looks its weight up"
+    if isinstance(layer, nn.Embedding) or type(layer).__module__.startswith("torch.nn."):
+        return "it is known for something else"
     return None
 
 
