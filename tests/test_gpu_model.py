@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
 import torch
 from conftest import write_checkpoint
+from test_nn_experts import Experts, inputs, with_deltas
 from torch import nn
 
-from dts_fast import DTSConfig, DTSModel, compress, ops, reference
+from dts_fast import DTSConfig, DTSModel, compress, ops, reference, route
 from dts_fast.bank import Bank
 from dts_fast.codes import PageLayout, to_pages
 from dts_fast.fit import fit
+from dts_fast.nn import wrap
+from dts_fast.slots import SlotTable
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -145,3 +149,32 @@ def test_captured_graphs_serve_adapters_that_are_loaded_later(folder, expected):
         assert get_container(0).tree_manager.new_graph_id().id == graphs + 1, "a graph was captured again"
     finally:
         torch.compiler.set_stance("default")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_experts_on_a_gpu(dtype):
+    layer = Experts(6, 128, 96, True).to("cuda", dtype)
+    wrapper = wrap(layer, SlotTable(3))
+    dense = {"a": with_deltas(layer, wrapper, "a", range(6)), "b": with_deltas(layer, wrapper, "b", range(2, 5))}
+    dense["__base__"] = layer
+    x, index, weights = inputs(4, 6, 128)
+    x, index, weights = x.to("cuda", dtype), index.cuda(), weights.to("cuda", dtype)
+    names = ["a", "__base__", "b", "a"]
+    expected = torch.cat([
+        copy.deepcopy(dense[name]).float()(x[i : i + 1].float(), index[i : i + 1], weights[i : i + 1].float())
+        for i, name in enumerate(names)
+    ])  # fmt: skip
+    with route(names):
+        y = wrapper(x, index, weights)
+        # The activations between, base and delta are rounded, and so are the dense weights of the one compared with.
+        tolerance = 1e-4 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps
+        close = {"rtol": tolerance, "atol": tolerance * float(expected.abs().max())}
+        torch.testing.assert_close(y.float(), expected, **close)
+        if dtype == torch.bfloat16:  # nothing in it waits for the GPU
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = wrapper(x, index, weights)
+            x.copy_(x.flip(0)), index.copy_(index.flip(0)), weights.copy_(weights.flip(0))
+            graph.replay()
+            torch.testing.assert_close(captured, wrapper(x, index, weights), **close)

@@ -100,7 +100,7 @@ def with_deltas(layer: Experts, wrapper: DTSModule, name: str, experts: range) -
                 with torch.no_grad():
                     rows = own.of(stack)
                     deltas[str(own)] = fit(torch.randn(rows.shape), rank=3 + 14 * (expert == 2))
-                    rows += deltas[str(own)].dequantize()
+                    rows += deltas[str(own)].dequantize().to(rows)
     wrapper.load_adapter(name, **deltas)
     return dense
 
