@@ -4,13 +4,14 @@
 # make wheels  sdist -> wheels, native and pure Python, each run in an environment of its own without a compiler
 # make docs   the reference from the docstrings, in build/docs
 # make fuzz   load tens of thousands of hostile adapter files     make readme-check  compare README with the results
+# make compat TORCH=2.15.0  the tests with another release of torch, in an environment of its own (fetches gigabytes)
 # make cuda-check  compile the CUDA kernels for every target, and run them block by block on the CPU (part of make test)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py
 
-.PHONY: demo test lint format bench sanitize cuda-check fuzz readme-check docs wheels clean
+.PHONY: demo test lint format bench sanitize cuda-check fuzz readme-check docs wheels compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dts-fast demo $(ARGS)
@@ -61,6 +62,15 @@ wheels:
 	  build/wheels/clean-$$kind/bin/pip install --quiet -c constraints.txt build/wheels/$$kind/*.whl && \
 	  (cd build/wheels && env -i HOME="$$HOME" PATH=clean-$$kind/bin clean-$$kind/bin/python ../../tests/smoke.py $$kind) || exit 1; \
 	done
+
+# Not the block sizes of Triton's kernels: they were chosen, and their registers counted, for the release in constraints.txt.
+compat:
+	rm -rf build/compat && mkdir -p build/compat/tree
+	$(PYTHON) -m venv build/compat/venv
+	build/compat/venv/bin/pip install --quiet "setuptools>=64" wheel pybind11 ninja "numpy<2.4" "torch==$(TORCH)"
+	git archive HEAD | tar -x -C build/compat/tree
+	cd build/compat/tree && DTS_FAST_BUILD=cpu ../venv/bin/pip install --quiet --no-build-isolation --editable ".[dev]"
+	cd build/compat/tree && ../venv/bin/python -m pytest -k "not every_configuration_compiles" $(ARGS)
 
 cuda-check: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_cuda.py $(ARGS)

@@ -25,6 +25,13 @@ def write_sharded(folder, tensors, shards=3):
     return folder
 
 
+def test_numbers_that_json_has_none_for(tmp_path):
+    """As transformers writes configs with infinities in them."""
+    write_checkpoint(tmp_path, plain_tensors())
+    (tmp_path / "config.json").write_text('{"limit": [0.0, {"__float__": "Infinity"}], "other": {"a": {"b": 1}}}')
+    assert Checkpoint.open(tmp_path).config == {"limit": [0.0, float("inf")], "other": {"a": {"b": 1}}}
+
+
 @pytest.mark.parametrize("form", ["file", "directory", "sharded", "index"])
 def test_every_form_of_a_checkpoint_reads_the_same(tmp_path, form):
     tensors = plain_tensors()
