@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +82,14 @@ class LiveModel:
                 owned.setdefault(path, {})[leaf] = adapter.parameters[name]
             self._check_servable(live)
             return owned, live
-        strip, add = common_prefix(self._names_in_checkpoint, adapter.parameters)
+        pieces = {name: piece for name in adapter.parameters if (piece := Piece.named(name)) is not None}
+        theirs = {pieces[name].parameter if name in pieces else name for name in adapter.parameters}
+        strip, add = common_prefix(self._names_in_checkpoint, theirs)
         live = {add + name.removeprefix(strip): own for name, own in self._names_in_checkpoint.items()}
+        for name, piece in pieces.items():  # of a stack in the checkpoint, which is one in the model
+            if piece.parameter in live:
+                live[name] = str(replace(piece, parameter=live[piece.parameter]))
+                self._aliases.setdefault(live[name], (live[name],))
         of_live = {own: name for name, own in live.items()}
         missing = [name for name in adapter.deltas if name not in live]
         if missing:

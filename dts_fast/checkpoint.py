@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
+from .pieces import Piece
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -22,6 +23,9 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BUFFERS = re.compile(r"(\.attn\.masked_bias|rotary_emb\.inv_freq)$")
 
 _EMBEDDING = re.compile(r"(^|\.)([^.]*embed[^.]*|[^.]*_emb|wte|wpe|shared)(\.weight)?$")
+
+# A stack of experts, by the names that model families give it; others with three dimensions are convolutions.
+_STACK = re.compile(r"expert|moe")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -54,7 +58,7 @@ class Checkpoint:
 
     Attributes:
         source: what the user named: a path or a hub id.
-        tensors: name to `TensorInfo`.
+        tensors: name to `TensorInfo`; a stack of experts is not among them, but each of its matrices (`pieces.Piece`).
         nbytes: size of the checkpoint's safetensors files on disk.
         config: the ``config.json`` beside the files, or an empty dict.
     """
@@ -97,9 +101,11 @@ class Checkpoint:
 
     def get(self, name: str) -> Tensor:
         """Load one tensor. The file is mapped for this tensor only, so that nothing stays in memory behind it."""
-        file = self.tensors[name].file
+        file, piece = self.tensors[name].file, Piece.named(name)
         try:
             with safe_open(file, framework="pt") as handle:
+                if piece is not None and piece.parameter not in self.tensors:
+                    return handle.get_slice(piece.parameter)[piece.expert : piece.expert + 1][0]
                 return handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({error}).") from error
@@ -171,12 +177,21 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
                 dtype = _DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise CheckpointError(f"{file}: tensor {name!r} has unsupported dtype {part.get_dtype()}.")
-                infos[name] = TensorInfo(file, tuple(part.get_shape()), dtype)
+                infos |= _matrices(name, TensorInfo(file, tuple(part.get_shape()), dtype))
             return infos
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file}: not a readable safetensors file ({error}). It may be truncated; copy or download it again."
         ) from error
+
+
+def _matrices(name: str, info: TensorInfo) -> dict[str, TensorInfo]:
+    """A tensor by its name; a stack of experts by the names of its matrices."""
+    is_stack = len(info.shape) == 3 and min(info.shape[1:]) > 1 and _STACK.search(name) is not None
+    if not (is_stack and info.dtype.is_floating_point):
+        return {name: info}
+    matrix = TensorInfo(info.file, info.shape[1:], info.dtype)
+    return {str(Piece(name, expert, 0, 1)): matrix for expert in range(info.shape[0])}
 
 
 def _pickle_error(file: Path) -> CheckpointError:

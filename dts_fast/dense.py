@@ -15,6 +15,7 @@ from torch import Tensor
 from .atomic import staged_directory
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
+from .pieces import Piece
 
 # What stands beside the weights of a model: tokenizer, processor, generation settings.
 _COMPANION = re.compile(
@@ -51,7 +52,7 @@ def write_like(
     with staged_directory(Path(out_path), overwrite=overwrite, marker=marker) as staging:
         for number, (file, names) in enumerate(files.items(), start=1):
             target = "model.safetensors" if single else file.name
-            tensors = {name: tensor_of(name) for name in names}
+            tensors = _stacked({name: tensor_of(name) for name in names})
             if number == len(files):
                 tensors |= added or {}
             weight_map |= dict.fromkeys(tensors, target)
@@ -66,6 +67,19 @@ def write_like(
         if like.config:
             merged = {**like.config, **(config or {})}
             (staging / "config.json").write_text(json.dumps(merged, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a file has them: experts that were read from stacks go back into them."""
+    stacks: dict[str, dict[int, Tensor]] = {}
+    plain = {}
+    for name, tensor in tensors.items():
+        piece = Piece.named(name)
+        if piece is None:
+            plain[name] = tensor
+        else:
+            stacks.setdefault(piece.parameter, {})[piece.expert] = tensor
+    return plain | {name: torch.stack([own[i] for i in range(len(own))]) for name, own in stacks.items()}
 
 
 def average(models: Sequence[str | Path], out_path: str | Path, *, overwrite: bool = False) -> None:

@@ -1,5 +1,6 @@
-"""Matrices that a model keeps within larger parameters: the experts of a mixture, which a checkpoint stores one by one
-and transformers stacks on loading (gate and up projections of an expert also above each other)."""
+"""Matrices that are kept within larger tensors: the experts of a mixture, which transformers stacks on loading (gate
+and up projections of an expert also above each other) where a checkpoint stores them one by one, and which other
+checkpoints store in stacks. A delta of low rank is one of an expert, not of a stack."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_NAME = re.compile(r"(?P<parameter>[^.\[\]]+)\[(?P<expert>\d+),(?P<part>\d+)/(?P<parts>\d+)\]")
+_NAME = re.compile(r"(?P<parameter>[^\[\]]+)\[(?P<expert>\d+),(?P<part>\d+)/(?P<parts>\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Piece:
     """One of the equal blocks of rows of one expert's matrix.
 
     Attributes:
-        parameter: the name that the stack ``[E, N, K]`` has in its module.
+        parameter: the name of the stack ``[E, N, K]``, in its module or its checkpoint.
         expert: 0 to E - 1.
         part, parts: which block of rows, and of how many.
     """
@@ -28,7 +29,7 @@ class Piece:
 
     @staticmethod
     def named(name: str) -> Piece | None:
-        """The piece that a name in a module means; None for an ordinary parameter's."""
+        """The piece that a name means; None for an ordinary parameter's."""
         match = _NAME.fullmatch(name) if name.endswith("]") else None
         return match and Piece(match["parameter"], int(match["expert"]), int(match["part"]), int(match["parts"]))
 

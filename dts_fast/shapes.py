@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint, is_embedding
 from .errors import CheckpointError, DTSError
+from .pieces import Piece
 
 Shapes = dict[str, tuple[int, int]]  # names of layers, joined, to [N, K]
 
@@ -35,7 +36,8 @@ def layers_of(model: str, known: dict[str, Shapes]) -> Shapes:
         except CheckpointError as error:
             raise DTSError(f"--model {model}: expected config.json or a checkpoint ({error})") from error
         matrices = [(n, info.shape) for n, info in tensors.items() if len(info.shape) == 2]
-        found = [(n.removesuffix(".weight"), s) for n, s in matrices if not is_embedding(n, s)]
+        stacks = {n: piece.parameter for n, _ in matrices if (piece := Piece.named(n)) is not None}
+        found = [(stacks.get(n, n).removesuffix(".weight"), s) for n, s in matrices if not is_embedding(n, s)]
     if not found:
         raise DTSError(f"--model {model}: no linear layers found in it.")
     by_shape: dict[tuple[int, int], list[str]] = {}

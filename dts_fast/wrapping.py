@@ -49,7 +49,8 @@ class Wrapping:
             # Heads that come whole with an adapter are not the base's to compute with.
             whole = isinstance(parameters.get("weight"), Tensor)
             prepack = self.prepack and not self.live.is_tied(path) and not whole
-            wrapper = wrap(self.live.modules[path], self.slots, path, arenas=arenas.get(path), prepack=prepack)
+            layer = self.live.modules[path]
+            wrapper = wrap(layer, self.slots, path, parameters, arenas=arenas.get(path), prepack=prepack)
             made[path] = wrapper
             if not (whole or wrapper.has_fast_path(parameters)) and wrapper.batch_first:
                 slow.setdefault(type(self.live.modules[path]).__name__, []).append(path)

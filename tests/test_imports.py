@@ -28,7 +28,7 @@ ALLOWED = {
     "mixture": {"codes", "errors"},
     "characteristic": {"errors"},
     "rank": {"codes", "errors", "fit"},
-    "checkpoint": {"errors"},
+    "checkpoint": {"errors", "pieces"},
     "fingerprint": {"errors"},
     "card": set(),
     "adapter_file": {"atomic", "checkpoint", "codes", "errors"},
@@ -40,7 +40,7 @@ ALLOWED = {
     "fuse": {
         "adapter_file", "atomic", "card", "characteristic", "errors", "fingerprint", "mixture", "version",
     },
-    "dense": {"atomic", "checkpoint", "errors"},
+    "dense": {"atomic", "checkpoint", "errors", "pieces"},
     "export": {"adapter_file", "checkpoint", "dense", "errors", "fingerprint"},
     "pieces": set(),
     "renaming": {"checkpoint", "pieces"},
@@ -71,7 +71,7 @@ ALLOWED = {
     "nn.norm": {"bank", "codes", "nn.module", "routing", "slots"},
     "nn": {
         "bank", "nn.banked", "nn.conv", "nn.embedding", "nn.experts", "nn.linear", "nn.module", "nn.norm", "nn.router",
-        "prepack", "slots",
+        "pieces", "prepack", "slots",
     },
     "attach": {"adapter_file", "checkpoint", "errors", "fingerprint", "nn.module", "pieces", "prepack", "renaming"},
     "arenas": {"adapter_file", "bank", "codes", "errors", "pieces"},
@@ -81,7 +81,7 @@ ALLOWED = {
     "hub": {"adapter_file", "errors"},
     "timing": set(),
     "benchmark": {"codes", "errors", "gpu", "native", "nn", "reference", "routing", "timing"},
-    "shapes": {"checkpoint", "errors"},
+    "shapes": {"checkpoint", "errors", "pieces"},
     "bench_report": {"atomic", "errors"},
     "model": {
         "adapter_file", "arenas", "atomic", "attach", "bank", "batch", "characteristic", "checkpoint", "errors",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_model_architectures import adapters
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,6 +22,7 @@ from dts_fast.nn.experts import why_not_experts
 from dts_fast.pieces import Piece
 from dts_fast.renaming import names_in_checkpoint
 from dts_fast.slots import SlotTable
+from dts_fast.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("error:no fast path")
 SIZES = {
@@ -352,15 +355,36 @@ def test_inputs_of_other_dtypes(index, weights):
 
 
 @torch.no_grad()
-def test_whole_stacks_are_served_with_a_warning(tmp_path):
-    """Where a checkpoint keeps stacks, a delta is that of a whole one."""
-    config = transformers.GraniteMoeConfig(num_local_experts=4, **SIZES)
-    with pytest.warns(UserWarning, match="no fast path for .*experts and 1 more"):
-        model, dense = adapters(tmp_path, lambda: transformers.GraniteMoeForCausalLM(config))
+@pytest.mark.parametrize("turned", [False, True])
+def test_checkpoints_that_keep_stacks(tmp_path, turned):
+    """An expert's matrix is decomposed by itself, wherever it lies."""
+    kind, config = ("GptOss", {"head_dim": 8}) if turned else ("GraniteMoe", {})
+    config = getattr(transformers, f"{kind}Config")(num_local_experts=4, **SIZES, **config)
+    make = getattr(transformers, f"{kind}ForCausalLM")
+    expected = pytest.warns(UserWarning, match="no fast path for .*experts and 1 more") if turned else nullcontext()
+    with expected:
+        model, dense = adapters(tmp_path, lambda: make(config))
+    kinds = [type(m) for m in model.modules() if isinstance(m, DTSModule) and hasattr(m.base_layer, "down_proj")]
+    assert kinds == [DTSModule if turned else DTSExperts] * 2
+    stored = load_adapter(tmp_path / "a").parameters
+    stacks = [name for name, info in load_stacks(tmp_path / "base").items() if len(info) == 3]
+    assert len(stacks) == 4
+    for name in stacks:
+        assert {f"{name}[{expert},0/1]" for expert in range(4)} <= set(stored)
+        assert name not in stored
+    assert load_stacks(tmp_path / "dense_a") == load_stacks(tmp_path / "base")
     ids = torch.randint(3, 99, (2, 5))
-    mixed = model(ids, adapter_names=["b", "a"]).logits
-    expected = torch.stack([dense[n](ids).logits[row] for row, n in enumerate("ba")])
-    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    for names in ("a", ["b", "a"]):
+        logits = model(ids, adapter_names=names, use_cache=False).logits
+        own = [names] * 2 if isinstance(names, str) else names
+        expected = torch.stack([dense[n](ids).logits[row] for row, n in enumerate(own)])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    report = verify(tmp_path / "a", tmp_path / "base", tmp_path / "tuned_a")
+    assert report.matches
+
+
+def load_stacks(folder) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 @torch.no_grad()

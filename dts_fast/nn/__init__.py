@@ -16,11 +16,12 @@ A wrapper holds the original layer as ``base_layer`` and answers for its attribu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
 from ..bank import Arena
+from ..pieces import Piece
 from ..prepack import why_not_packable
 from ..slots import SlotTable
 from .banked import BankedModule
@@ -55,6 +56,7 @@ def wrap(
     layer: nn.Module,
     slots: SlotTable,
     path: str = "",
+    parameters: Collection[str] = (),
     *,
     arenas: Mapping[str, Arena] | None = None,
     prepack: bool = False,
@@ -63,6 +65,7 @@ def wrap(
 
     Args:
         path: the layer's name in its model.
+        parameters: names of those that adapters change: of which pieces stacked experts consist.
         arenas: fixed capacities of its banks: of its ``weight``, or of those that `Piece.bank` names.
         prepack: `DTSLinear`'s, where the layer allows it.
     """
@@ -80,7 +83,8 @@ def wrap(
     elif why_not_norm(layer) is None:
         wrapper = DTSNorm(layer, slots=slots)
     elif why_not_experts(layer) is None:
-        wrapper = DTSExperts(layer, arenas=arenas, slots=slots)
+        pieces = [piece for name in parameters if (piece := Piece.named(name)) is not None]
+        wrapper = DTSExperts(layer, parts={p.parameter: p.parts for p in pieces}, arenas=arenas, slots=slots)
     elif why_not_router(layer) is None:
         wrapper = DTSRouter(layer, arena=arena, slots=slots)
     else:

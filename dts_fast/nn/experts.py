@@ -25,6 +25,8 @@ class DTSExperts(DTSModule):
     Args:
         base_layer: an experts module of transformers 5; see `why_not_experts`.
         max_adapters, slots: see `DTSModule`.
+        parts: of how many blocks of rows, each with a delta of its own, an expert's matrix in a stack consists, where
+            that is not as most checkpoints have it (gate and up projection apart).
         arenas: fixed capacities of the banks, by `Piece.bank`.
 
     Input ``hidden_states [T, H]`` (T tokens, those of a row beside each other), ``top_k_index [T, k]`` and
@@ -37,17 +39,19 @@ class DTSExperts(DTSModule):
         max_adapters: int = 8,
         *,
         slots: SlotTable | None = None,
+        parts: Mapping[str, int] | None = None,
         arenas: Mapping[str, Arena] | None = None,
     ) -> None:
         super().__init__(base_layer, max_adapters, slots=slots)
         self.num_experts = base_layer.num_experts
         self.layouts: dict[str, PageLayout] = {}
         self.banks = nn.ModuleDict()
-        for name, parts in _stacks(base_layer).items():
+        self.parts = _stacks(base_layer) | dict(parts or {})
+        for name, count in self.parts.items():
             stack = base_layer.get_parameter(name)
-            for part in range(parts):
-                key = Piece(name, 0, part, parts).bank
-                self.layouts[key] = PageLayout(stack.shape[1] // parts, stack.shape[2])
+            for part in range(count):
+                key = Piece(name, 0, part, count).bank
+                self.layouts[key] = PageLayout(stack.shape[1] // count, stack.shape[2])
                 self.banks[key] = Bank(
                     self.layouts[key].nbytes, self.slots.capacity, parts=self.num_experts,
                     arena=(arenas or {}).get(key), device=stack.device,
@@ -169,9 +173,10 @@ class DTSExperts(DTSModule):
     def _grouped(self, product: Callable[..., Tensor], x: Tensor, name: str, ids: Tensor, ends: Tensor) -> Tensor:
         stack = self.base_layer.get_parameter(name)
         y = product(x.to(stack.dtype), stack.transpose(1, 2), offs=ends)
-        deltas = [torch.zeros(len(y), n, dtype=y.dtype, device=y.device) for n in self._sizes(name)]
-        for delta, bank in zip(deltas, self._banks_of(name), strict=True):
-            ops.add_delta_(delta, x.to(y.dtype), *bank.tensors, ids)
+        deltas = []
+        for key in self._keys_of(name):
+            deltas.append(torch.zeros(len(y), self.layouts[key].n, dtype=y.dtype, device=y.device))
+            ops.add_delta_(deltas[-1], x.to(y.dtype), *self.banks[key].tensors, ids)
         return y + torch.cat(deltas, 1)
 
     def _one_by_one(self, x: Tensor, name: str, ids: Tensor, spans: list[tuple[int, int, int]]) -> Tensor:
@@ -179,7 +184,7 @@ class DTSExperts(DTSModule):
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else stack.dtype
         x, results = x.to(dtype), [x.new_zeros(0, stack.shape[1], dtype=dtype)]
-        banks = [bank.tensors for bank in self._banks_of(name)]
+        banks = [self.banks[key].tensors for key in self._keys_of(name)]
         for expert, first, last in spans:
             weights = stack[expert].to(dtype).chunk(len(banks))
             mine, own = x[first:last], ids[first:last]
@@ -187,13 +192,9 @@ class DTSExperts(DTSModule):
             results.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
         return torch.cat(results)
 
-    def _banks_of(self, name: str) -> list[Bank]:
-        parts = _stacks(self.base_layer)[name]
-        return [self.banks[Piece(name, 0, part, parts).bank] for part in range(parts)]
-
-    def _sizes(self, name: str) -> list[int]:
-        parts = _stacks(self.base_layer)[name]
-        return [self.layouts[Piece(name, 0, part, parts).bank].n for part in range(parts)]
+    def _keys_of(self, name: str) -> list[str]:
+        """The banks of a stack, in the order of the rows."""
+        return [Piece(name, 0, part, self.parts[name]).bank for part in range(self.parts[name])]
 
     def _touched(self, slots: Slots) -> bool:
         if isinstance(slots, Tensor):
