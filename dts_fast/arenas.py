@@ -43,7 +43,8 @@ def _needs(module: nn.Module, parameters: Mapping[str, Parameter]) -> dict[str, 
     needs: dict[str, _Need] = {}
     for name, parameter in parameters.items():
         piece, parameter = Piece.named(name), as_matrix(parameter)
-        if (name != "weight" and piece is None) or isinstance(parameter, Tensor) or not is_matrix(parameter):
+        known = name == "weight" or piece is not None or (name.endswith("_bias") and hasattr(module, "num_experts"))
+        if not known or isinstance(parameter, Tensor) or not is_matrix(parameter):
             continue
         first = terms_of(parameter)[0]
         matrices = 1 if piece is None else len(module.get_parameter(piece.parameter))

@@ -200,7 +200,8 @@ def test_experts_that_are_kept_in_another_way_are_served_too():
             wrapper.check_parameters({name: fit(torch.randn(24, 20), rank=1)})
     with pytest.raises(BaseMismatchError, match="the base has shape"):
         wrapper.check_parameters({"down_proj[3,0/1]": fit(torch.randn(24, 20), rank=1)})
-    for change in ({"is_transposed": True}, {"is_concatenated": False}, {"has_bias": True}, {"num_experts": None}):
+    changes = ({"has_bias": True}, {"num_experts": None}, {"_is_expert_parallel": True}, {"has_post_expert_norm": True})
+    for change in changes:
         other = Experts(2, 4, 4, True)
         other.__dict__.update(change)
         assert why_not_experts(other) is not None
@@ -355,17 +356,18 @@ def test_inputs_of_other_dtypes(index, weights):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:no fast path for .*self_attn and 1 more")
 @pytest.mark.parametrize("turned", [False, True])
 def test_checkpoints_that_keep_stacks(tmp_path, turned):
     """An expert's matrix is decomposed by itself, wherever it lies."""
     kind, config = ("GptOss", {"head_dim": 8}) if turned else ("GraniteMoe", {})
     config = getattr(transformers, f"{kind}Config")(num_local_experts=4, **SIZES, **config)
     make = getattr(transformers, f"{kind}ForCausalLM")
-    expected = pytest.warns(UserWarning, match="no fast path for .*experts and 1 more") if turned else nullcontext()
-    with expected:
+    # Of the attention's sinks; the experts have biases beside.
+    with pytest.warns(UserWarning, match="no fast path for .*self_attn and 1 more") if turned else nullcontext():
         model, dense = adapters(tmp_path, lambda: make(config))
     kinds = [type(m) for m in model.modules() if isinstance(m, DTSModule) and hasattr(m.base_layer, "down_proj")]
-    assert kinds == [DTSModule if turned else DTSExperts] * 2
+    assert kinds == [DTSExperts] * 2
     stored = load_adapter(tmp_path / "a").parameters
     stacks = [name for name, info in load_stacks(tmp_path / "base").items() if len(info) == 3]
     assert len(stacks) == 4
@@ -379,12 +381,80 @@ def test_checkpoints_that_keep_stacks(tmp_path, turned):
         own = [names] * 2 if isinstance(names, str) else names
         expected = torch.stack([dense[n](ids).logits[row] for row, n in enumerate(own)])
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    model.add_weighted_adapter(["a", "b"], [1.0, 1e-6], "nearly a")
+    torch.testing.assert_close(
+        model(ids, adapter_names="nearly a").logits, dense["a"](ids).logits, rtol=1e-3, atol=1e-3
+    )
+    fixed = DTSModel(type(dense["a"]).from_pretrained(tmp_path / "base").eval(), max_rank=24)
+    fixed.load_adapter(tmp_path / "b", "b")
+    banks = [bank for module in fixed.modules() if isinstance(module, DTSExperts) for bank in module.banks.values()]
+    assert all(bank.arena is not None for bank in banks)
+    model.set_adapter("b")
+    expected = dense["b"](ids).logits
+    for one in (fixed, model.merge_and_unload()):
+        logits = one(ids, **({"adapter_names": "b"} if one is fixed else {})).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     report = verify(tmp_path / "a", tmp_path / "base", tmp_path / "tuned_a")
     assert report.matches
 
 
 def load_stacks(folder) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+class TurnedExperts(Experts):
+    """As gpt-oss has them: transposed, gate and up projection interleaved, biases."""
+
+    is_transposed, has_bias, is_concatenated = True, True, False
+
+    def __init__(self, experts: int, hidden: int, inner: int) -> None:
+        super().__init__(experts, hidden, inner, True)
+        for name in ("gate_up_proj", "down_proj"):
+            stack = getattr(self, name).detach()
+            setattr(self, name, nn.Parameter(stack.transpose(1, 2).contiguous()))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(experts, stack.shape[1])))
+
+    def _apply_gate(self, gate_up):
+        return gate_up[..., ::2].sigmoid() * gate_up[..., 1::2]
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        y = torch.zeros_like(hidden_states)
+        for token in range(len(hidden_states)):
+            for e, weight in zip(top_k_index[token], top_k_weights[token], strict=True):
+                inner = self._apply_gate(hidden_states[token] @ self.gate_up_proj[e] + self.gate_up_proj_bias[e])
+                y[token] += weight * (inner @ self.down_proj[e] + self.down_proj_bias[e])
+        return y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transposed_experts_with_biases(compiled):
+    layer = TurnedExperts(5, 19, 21)
+    wrapper, dense = wrap(layer, SlotTable(3), parameters=["gate_up_proj[0,0/1]"]), {"__base__": layer}
+    assert type(wrapper) is DTSExperts
+    for name, experts in (("a", range(5)), ("b", range(1, 3))):
+        dense[name], deltas = copy.deepcopy(layer), {}
+        for parameter, own in dense[name].named_parameters():
+            if own.dim() == 2:
+                deltas[parameter] = fit(torch.randn(own.shape), rank=2)
+                own += deltas[parameter].dequantize()
+                continue
+            for expert in experts:
+                piece = Piece(parameter, expert, 0, 1)
+                deltas[str(piece)] = fit(torch.randn(own.shape[1:]), rank=3)
+                piece.of(own).add_(deltas[str(piece)].dequantize())
+        wrapper.load_adapter(name, **deltas)
+        assert set(wrapper.parameters_of(wrapper.slots.slot(name))) == set(deltas)
+    x, names = inputs(4, 5, 19), ["a", "__base__", "b", "a"]
+    call = torch.compile(wrapper, backend="eager", fullgraph=True) if compiled else wrapper
+    with route(names):
+        y = call(*x)
+    expected = [dense[n](*(t[row : row + 1] for t in x)) for row, n in enumerate(names)]
+    torch.testing.assert_close(y, torch.cat(expected), rtol=1e-5, atol=1e-3)
+    for name in ("a", "b"):
+        for parameter, value in wrapper.dense_parameters(wrapper.slots.slot(name)).items():
+            torch.testing.assert_close(value, dense[name].get_parameter(parameter), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
 
 
 @torch.no_grad()
