@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import gc
 import json
 import random
@@ -182,8 +183,9 @@ def loading(name: str, plain: nn.Module, folder: Path, file_bytes: dict[str, int
 
 
 def process_bytes() -> int:
-    """What the process has of the system's memory, apart from mapped files (Linux)."""
+    """What the process has of the system's memory, apart from mapped files and what is free in it."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["RssAnon"].split()[0]) * 1024
 

@@ -10,6 +10,8 @@ A wrapper holds the original layer as ``base_layer`` and answers for its attribu
     experts.py    `DTSExperts`: the experts of a mixture
     router.py     `DTSRouter`: their router, and other modules that multiply with a weight of their own
     module.py     `DTSModule`: anything else, run once for each distinct adapter of a batch
+    parameters.py a layer with an adapter's parameters, for runs, reads and methods
+    rows.py       rows of inputs and outputs
     banked.py     what linear, embedding, conv and router share
 """
 

@@ -13,7 +13,7 @@ from ..codes import DeltaSum, LowRankDelta, matrix_shape, terms_of
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
-from .module import for_each
+from .rows import for_each
 
 
 class DTSConv(BankedModule):

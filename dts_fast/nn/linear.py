@@ -12,7 +12,8 @@ from ..prepack import PackedLinear, pack_, unpack_
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
-from .module import for_each, has_features, is_hooked, is_plain
+from .module import has_features, is_hooked, is_plain
+from .rows import for_each
 
 
 class DTSLinear(BankedModule):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks as _OF_ALL
 from torch.nn.modules.module import _global_forward_pre_hooks as _OF_ALL_BEFORE
-from torch.utils import _pytree as pytree
 
 from ..codes import Delta, LowRankDelta, owned
-from ..errors import BaseMismatchError, DTSError, RoutingError, UnknownAdapterError
+from ..errors import BaseMismatchError, DTSError, RoutingError
 from ..mixture import mix
 from ..pieces import Piece
-from ..routing import Slots, all_base, current_route, current_slots, named_slots, narrowed
-from ..slots import BASE, SlotTable
+from ..routing import Slots, all_base, current_slots, narrowed
+from ..slots import SlotTable
+from .parameters import ReadParameter, personal_method, run_with
+from .rows import batch_shape, map_rows, merge_rows
 
 Parameter = Delta | Tensor
 
@@ -54,31 +55,8 @@ class DTSModule(nn.Module):
                 raise
             value = getattr(self.base_layer, name)
             if inspect.ismethod(value) and value.__self__ is self.base_layer:
-                return self._method(name, value)
+                return personal_method(value, self, name)
             return ReadParameter.of(value, self, name) if isinstance(value, nn.Parameter) else value
-
-    def _method(self, name: str, method: Callable) -> Callable:
-        """A method of the base layer that the model calls beside its forward, with the current adapter's parameters."""
-        if torch.compiler.is_compiling() or (current_route() is None and self.slots.active == BASE):
-            return method
-        try:
-            slots = named_slots(self.slots)
-        except UnknownAdapterError:
-            return method  # outside of calls, and the active adapter is evicted
-        if not any(self.changes(slot, own) for slot in slots for own in self.base_names()):
-            return method
-
-        def run(*args, **kwargs):
-            if len(slots) > 1:
-                raise RoutingError(
-                    f"the model calls {name}() of a {type(self.base_layer).__name__}, and the rows of this batch have "
-                    "different parameters there. Run these adapters in separate batches, or compress without it "
-                    "(--exclude)."
-                )
-            own = with_parameters(self.base_layer, self.dense_parameters(next(iter(slots))))
-            return getattr(own, name)(*args, **kwargs)
-
-        return run
 
     def load_adapter(self, name: str, delta: LowRankDelta | None = None, **parameters: Parameter) -> None:
         """Load an adapter for this layer.
@@ -365,71 +343,6 @@ class DTSModule(nn.Module):
         return run_with(self.base_layer, self.dense_parameters(slot), args, kwargs)
 
 
-class ReadParameter(Tensor):
-    """A base layer's parameter as code finds it that reads ``layer.weight`` and does not call the layer: what it says
-    of itself (dtype, device, shape) is the base's; where it is computed with, it is the current adapter's. It has no
-    memory of its own, so that nothing can compute with the base's by mistake.
-
-    Raises:
-        RoutingError: where it is computed with and the rows of the batch differ, or where it is written to.
-    """
-
-    @staticmethod
-    def of(parameter: nn.Parameter, wrapper: DTSModule, name: str) -> Tensor:
-        """The parameter itself where no adapter of the current route changes it."""
-        if torch.compiler.is_compiling():
-            # Which adapters there will be a graph does not know: description without numbers, which no product takes.
-            return torch.empty_like(parameter, device="meta")
-        if current_route() is None and wrapper.slots.active == BASE:
-            return parameter
-        try:
-            slots = named_slots(wrapper.slots)
-        except UnknownAdapterError:
-            return parameter  # outside of calls, and the active adapter is evicted
-        if not any(wrapper.changes(slot, name) for slot in slots):
-            return parameter
-        read = Tensor._make_wrapper_subclass(
-            ReadParameter, parameter.size(), dtype=parameter.dtype, device=parameter.device
-        )
-        read.origin, read.found = (wrapper, name, slots), None
-        return read
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        if (function.__self__.__name__ if name == "__get__" else name) in TELLS_NO_VALUES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **(kwargs or {}))
-        if name == "__set__" or (name.endswith("_") and not name.endswith("__") and isinstance(args[0], cls)):
-            raise RoutingError("an adapter's parameter is not to be written to; write to base_layer's.")
-        return cls.__torch_dispatch__(function, types, args, kwargs)
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        args, kwargs = pytree.tree_map(lambda t: t.personal() if isinstance(t, cls) else t, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-    def personal(self) -> Tensor:
-        wrapper, name, slots = self.origin
-        if len(slots) > 1:
-            raise RoutingError(
-                f"the model computes with {name!r} of a {type(wrapper.base_layer).__name__} without calling that "
-                "layer, and the rows of this batch have different ones. Run these adapters in separate batches, or "
-                "compress without it (--exclude)."
-            )
-        if self.found is None:
-            self.found = wrapper.dense_parameters(next(iter(slots)))[name]
-        return self.found
-
-
-# What is asked of a parameter's description.
-TELLS_NO_VALUES = frozenset({
-    "dtype", "device", "shape", "ndim", "itemsize", "nbytes", "layout", "requires_grad", "is_leaf", "is_cuda",
-    "is_meta", "is_cpu", "is_sparse", "is_quantized", "size", "dim", "numel", "nelement", "element_size", "stride",
-    "get_device", "is_contiguous", "is_floating_point", "is_complex", "ndimension", "__len__",
-})  # fmt: skip
-
-
 def is_changed(name: str, held: Collection[str]) -> bool:
     """Whether a parameter is among names, or a piece of it is."""
     return name in held or any(own.endswith("]") and Piece.named(own).parameter == name for own in held)
@@ -450,90 +363,3 @@ def is_hooked(layer: nn.Module) -> bool:
 def is_plain(parameter: object) -> bool:
     """Whether a parameter is floating-point numbers as torch has them, and not a quantised form of some library."""
     return type(parameter) in (nn.Parameter, Tensor) and parameter.is_floating_point()
-
-
-def run_with(layer: nn.Module, parameters: Mapping[str, Tensor], args: tuple, kwargs: dict):
-    """Run a layer with other parameters.
-
-    Raises:
-        RoutingError: a layer whose forward was replaced by something unknown.
-    """
-    if torch.compiler.is_compiling():  # what a graph is made of no other thread sees
-        return torch.func.functional_call(layer, dict(parameters), args, kwargs)
-    hook = layer.__dict__.get("_hf_hook")  # accelerate's: it moves inputs, and weights that are kept elsewhere
-    if hook is None and "forward" in layer.__dict__:
-        raise RoutingError(
-            f"{type(layer).__name__}: its forward was replaced, so that it cannot run with an adapter's parameters. "
-            "Compress without it (--exclude)."
-        )
-    if hook is not None:
-        args, kwargs = hook.pre_forward(layer, *args, **kwargs)
-    own = with_parameters(layer, parameters)
-    own.__dict__.pop("forward", None)
-    result = own(*args, **kwargs)
-    return result if hook is None else hook.post_forward(layer, result)
-
-
-def with_parameters(layer: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """A layer that shares everything with another but these parameters.
-
-    `torch.func.functional_call` would put them into the layer itself while it runs, where other threads see them.
-    """
-    own = type(layer).__new__(type(layer))
-    own.__dict__.update(layer.__dict__)
-    own.__dict__["_parameters"] = dict(layer._parameters)
-    children: dict[str, dict[str, Tensor]] = {}
-    for name, value in parameters.items():
-        child, dot, rest = name.partition(".")
-        if dot:
-            children.setdefault(child, {})[rest] = value
-        else:
-            own._parameters[name] = value
-    if children:
-        own.__dict__["_modules"] = dict(layer._modules)
-        for child, values in children.items():
-            own._modules[child] = with_parameters(layer._modules[child], values)
-    if isinstance(own, nn.RNNBase):  # it keeps a list of them, for cuDNN
-        own.__dict__["_flat_weights"] = [getattr(own, name) for name in own._flat_weights_names]
-    return own
-
-
-def for_each(slots: Slots, input: Tensor) -> Tensor:
-    """An input that all rows share (position ids, say), once for each of them, where slots come as a tensor."""
-    if isinstance(slots, Tensor) and input.shape[0] == 1 and slots.shape[0] > 1:
-        return input.expand(slots.shape[0], *input.shape[1:])
-    return input
-
-
-def batch_shape(args, kwargs) -> torch.Size:
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            return leaf.shape
-    raise RoutingError("a DTS layer was called without any tensor that has a batch dimension.")
-
-
-def map_rows(function, rows: int, args, kwargs, least_dim: int = 1):
-    """Apply ``function`` to every tensor of the arguments whose first dimension is the batch."""
-
-    def on_leaf(leaf):
-        has_rows = isinstance(leaf, Tensor) and leaf.dim() >= least_dim and leaf.shape[0] == rows
-        return function(leaf) if has_rows else leaf
-
-    return pytree.tree_map(on_leaf, (tuple(args), dict(kwargs)))
-
-
-def merge_rows(results: list, members: list[list[int]]):
-    """Outputs of parts of a batch, back in the order of its rows."""
-    order = torch.tensor([row for part in members for row in part]).argsort()
-
-    def merge(*leaves):
-        if not isinstance(leaves[0], Tensor):
-            return leaves[0]
-        if len({leaf.shape[1:] for leaf in leaves}) > 1:
-            raise RoutingError(
-                f"the adapters of this batch give outputs of different shapes, {[list(t.shape[1:]) for t in leaves]} "
-                "a row (heads of different sizes); run them in separate batches."
-            )
-        return torch.cat(leaves)[order.to(leaves[0].device)]
-
-    return pytree.tree_map(merge, *results)

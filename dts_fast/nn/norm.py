@@ -11,7 +11,9 @@ from ..bank import VectorTable
 from ..codes import is_matrix
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
-from .module import DTSModule, Parameter, for_each, run_with, with_parameters
+from .module import DTSModule, Parameter
+from .parameters import run_with, with_parameters
+from .rows import for_each
 
 
 class DTSNorm(DTSModule):

@@ -16,7 +16,9 @@ from ..errors import RoutingError
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
-from .module import TELLS_NO_VALUES, DTSModule, Parameter, batch_shape, is_plain
+from .module import DTSModule, Parameter, is_plain
+from .parameters import TELLS_NO_VALUES
+from .rows import batch_shape
 
 
 class DTSRouter(BankedModule):

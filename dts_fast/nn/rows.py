@@ -1,0 +1,51 @@
+"""The rows of a layer's inputs and outputs: which they are, some of them, and all together again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import RoutingError
+from ..routing import Slots
+
+
+def for_each(slots: Slots, input: Tensor) -> Tensor:
+    """An input that all rows share (position ids, say), once for each of them, where slots come as a tensor."""
+    if isinstance(slots, Tensor) and input.shape[0] == 1 and slots.shape[0] > 1:
+        return input.expand(slots.shape[0], *input.shape[1:])
+    return input
+
+
+def batch_shape(args, kwargs) -> torch.Size:
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape
+    raise RoutingError("a DTS layer was called without any tensor that has a batch dimension.")
+
+
+def map_rows(function, rows: int, args, kwargs, least_dim: int = 1):
+    """Apply ``function`` to every tensor of the arguments whose first dimension is the batch."""
+
+    def on_leaf(leaf):
+        has_rows = isinstance(leaf, Tensor) and leaf.dim() >= least_dim and leaf.shape[0] == rows
+        return function(leaf) if has_rows else leaf
+
+    return pytree.tree_map(on_leaf, (tuple(args), dict(kwargs)))
+
+
+def merge_rows(results: list, members: list[list[int]]):
+    """Outputs of parts of a batch, back in the order of its rows."""
+    order = torch.tensor([row for part in members for row in part]).argsort()
+
+    def merge(*leaves):
+        if not isinstance(leaves[0], Tensor):
+            return leaves[0]
+        if len({leaf.shape[1:] for leaf in leaves}) > 1:
+            raise RoutingError(
+                f"the adapters of this batch give outputs of different shapes, {[list(t.shape[1:]) for t in leaves]} "
+                "a row (heads of different sizes); run them in separate batches."
+            )
+        return torch.cat(leaves)[order.to(leaves[0].device)]
+
+    return pytree.tree_map(merge, *results)
