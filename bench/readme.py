@@ -220,7 +220,8 @@ def model() -> str:
     out += [
         "",
         "bfloat16, adapters at 1 % of every matrix. *Linear layers*: those of the blocks, as the LoRAs have them; *all "
-        "parameters*: also embeddings, head, biases and norms. Times in brackets are speeds over the base's alone. A "
+        "parameters*: also embeddings, head, biases and norms. OLMoE is a mixture of 64 experts, here with 4 of its 16 "
+        "layers; experts count as linear layers, and are never prepacked. In brackets are speeds over the base's. A "
         f"dense checkpoint, swapped in from the page cache, takes: {swaps}. ({hardware(head['header'])}; "
         "[bench/results/model.jsonl](bench/results/model.jsonl))",
     ]
