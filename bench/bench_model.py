@@ -235,9 +235,7 @@ def main() -> None:
                     write(row)
             if options.only in (None, "decode", "base"):
                 points = [point for point in POINTS if options.only != "base" or point[1] == "base"]
-                if hasattr(
-                    plain.config, "num_experts"
-                ):  # three times 64 adapters of it leave no room for more in 24 GB
+                if hasattr(plain.config, "num_experts"):  # thrice 64 adapters of it, in 24 GB
                     points = [point for point in points if point != (64, "distinct", 64)]
                 for row in decoding(name, plain, folder, options.rounds, options.steps, points):
                     write(row)
