@@ -39,6 +39,7 @@ class LiveModel:
         self._names_in_checkpoint = names_in_checkpoint(model)
         pieces = (name for name in self._names_in_checkpoint.values() if name not in self._aliases)
         self._aliases |= {name: (name,) for name in pieces}
+        self._buffers = [name for name, _ in model.named_buffers()]
         self._last: tuple[object, ...] = (None,)
         # One that every layout of weights leaves in its place: the first, most often an embedding table.
         owned = (
@@ -90,6 +91,15 @@ class LiveModel:
             if piece.parameter in live:
                 live[name] = str(replace(piece, parameter=live[piece.parameter]))
                 self._aliases.setdefault(live[name], (live[name],))
+        buffers = {add + name.removeprefix(strip): name for name in self._buffers}
+        kept = {name: buffers[name] for name in adapter.deltas if name not in live and name in buffers}
+        if kept:
+            warnings.warn(
+                f"{type(self.root).__name__} keeps {next(iter(kept))} and {len(kept) - 1} more as buffers, which stay "
+                "the base's, though the adapter has deltas of them. Compress with --exclude to leave them out.",
+                stacklevel=4,
+            )
+        live |= kept
         of_live = {own: name for name, own in live.items()}
         missing = [name for name in adapter.deltas if name not in live]
         if missing:
@@ -107,6 +117,8 @@ class LiveModel:
                     "not used. Load the base by its path to get the fine-tune's model class.",
                     stacklevel=4,
                 )
+                continue
+            if name in kept:
                 continue
             for path, leaf in self._owners(live[name]):
                 # Where the fine-tune has untied what the base ties, each alias has an entry of its own.
@@ -200,7 +212,7 @@ class _LiveParameters(Mapping):
         piece = Piece.named(leaf)
         if piece is not None:
             return piece.of(module.get_parameter(piece.parameter))
-        parameter = module._parameters.get(leaf)
+        parameter = module._parameters.get(leaf, module._buffers.get(leaf))
         if is_plain(parameter):
             return parameter
         if leaf == "weight" and isinstance(module, PackedLinear):

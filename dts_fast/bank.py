@@ -254,6 +254,11 @@ class Bank(nn.Module):
 
     def _list(self, lists: Mapping[int, list[int]], weights: Tensor | float) -> None:
         """Let rows list pages, all with one weight, or a single row's with its own."""
+        # First: whatever stops this half way, `evict` knows what to clear.
+        self._listed |= lists
+        for pages in lists.values():
+            for page in pages:
+                self._users[page] = self._users.get(page, 0) + 1
         _, slot_pages, slot_weights = self.tensors
         if slot_pages.device.type == "cpu":  # numpy takes a tenth of the time for so few numbers
             for row, pages in lists.items():
@@ -261,10 +266,6 @@ class Bank(nn.Module):
                 slot_pages.numpy()[row, : len(pages)] = pages
         elif lists:
             self._send(lists, weights)
-        self._listed |= lists
-        for pages in lists.values():
-            for page in pages:
-                self._users[page] = self._users.get(page, 0) + 1
 
     def _send(self, lists: Mapping[int, list[int]], weights: Tensor | float) -> None:
         """Write lists on another device, all in one copy."""

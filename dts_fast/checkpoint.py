@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import CheckpointError
@@ -24,8 +26,10 @@ _BUFFERS = re.compile(r"(\.attn\.masked_bias|rotary_emb\.inv_freq)$")
 
 _EMBEDDING = re.compile(r"(^|\.)([^.]*embed[^.]*|[^.]*_emb|wte|wpe|shared)(\.weight)?$")
 
-# A stack of experts, by the names that model families give it; others with three dimensions are convolutions.
-_STACK = re.compile(r"expert|moe")
+# A stack of experts, by the names that model families give it; others with three dimensions are convolutions, whose
+# last one is small.
+_STACK = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
+_LEAST_SIZE = 16
 
 _DTYPES = {
     "F64": torch.float64,
@@ -69,8 +73,11 @@ class Checkpoint:
     config: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, source: str | Path) -> Checkpoint:
+    def open(cls, source: str | Path, *, stacks: bool = False) -> Checkpoint:
         """Read the headers of a ``.safetensors`` file, a directory (single file or sharded) or a hub id.
+
+        Args:
+            stacks: leave stacks of experts as they are (of a file that is no model's).
 
         Raises:
             CheckpointError: nothing there, a pickle checkpoint, a damaged file, a shard missing.
@@ -78,7 +85,7 @@ class Checkpoint:
         files, folder = _locate(source)
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            for name, info in _read_header(file).items():
+            for name, info in _read_header(file, stacks).items():
                 if name in tensors:
                     raise CheckpointError(
                         f"{source}: tensor {name!r} stands in both {tensors[name].file.name} and {file.name}. "
@@ -109,6 +116,16 @@ class Checkpoint:
                 return handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({error}).") from error
+
+    def as_stored(self) -> dict[str, Tensor]:
+        """All tensors by the names that the files have for them: stacks of experts whole."""
+        tensors: dict[str, Tensor] = {}
+        for file in sorted({info.file for info in self.tensors.values()}):
+            try:
+                tensors |= load_file(file)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file}: cannot be read ({error}).") from error
+        return tensors
 
 
 def _locate(source: str | Path) -> tuple[list[Path], Path]:
@@ -168,7 +185,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
+def _read_header(file: Path, stacks: bool) -> dict[str, TensorInfo]:
     try:
         with safe_open(file, framework="pt") as handle:
             infos = {}
@@ -177,7 +194,8 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
                 dtype = _DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise CheckpointError(f"{file}: tensor {name!r} has unsupported dtype {part.get_dtype()}.")
-                infos |= _matrices(name, TensorInfo(file, tuple(part.get_shape()), dtype))
+                info = TensorInfo(file, tuple(part.get_shape()), dtype)
+                infos |= {name: info} if stacks else _matrices(name, info)
             return infos
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
@@ -187,7 +205,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _matrices(name: str, info: TensorInfo) -> dict[str, TensorInfo]:
     """A tensor by its name; a stack of experts by the names of its matrices."""
-    is_stack = len(info.shape) == 3 and min(info.shape[1:]) > 1 and _STACK.search(name) is not None
+    is_stack = len(info.shape) == 3 and min(info.shape[1:]) >= _LEAST_SIZE and _STACK.search(name) is not None
     if not (is_stack and info.dtype.is_floating_point):
         return {name: info}
     matrix = TensorInfo(info.file, info.shape[1:], info.dtype)
@@ -221,6 +239,17 @@ def fetch_from_hub(repo_id: str) -> Path:
 def _number(value: dict[str, object]) -> object:
     """Numbers that JSON has none for, as transformers writes them."""
     return float(str(value["__float__"])) if value.keys() == {"__float__"} else value
+
+
+def encode_numbers(value: object) -> object:
+    """`_number`, the other way."""
+    if isinstance(value, Mapping):
+        return {name: encode_numbers(own) for name, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode_numbers(own) for own in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return value
 
 
 def common_prefix(names: Iterable[str], base_names: Iterable[str]) -> tuple[str, str]:

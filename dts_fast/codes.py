@@ -10,8 +10,9 @@ Nothing outside this file knows which bit holds which code. Two layouts are defi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -109,9 +110,9 @@ class CodedVector:
     levels: Tensor
     shape: tuple[int, ...]
 
-    @cached_property
+    @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -211,6 +212,9 @@ def terms_of(delta: Delta) -> tuple[LowRankDelta, ...] | tuple[CodedVector, ...]
 
 def as_matrix(delta):
     """The delta of a single row or column as what a bank holds: one component, exactly; anything else as it is."""
+    if isinstance(delta, DeltaSum):
+        terms = tuple(as_matrix(term) for term in delta.terms)
+        return delta if terms == delta.terms else DeltaSum(terms)
     if not isinstance(delta, CodedVector) or len(delta.shape) != 2 or 1 not in delta.shape:
         return delta
     n, k = delta.shape

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import staged_directory
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, encode_numbers
 from .errors import CheckpointError
 from .pieces import Piece
 
@@ -52,9 +52,10 @@ def write_like(
     with staged_directory(Path(out_path), overwrite=overwrite, marker=marker) as staging:
         for number, (file, names) in enumerate(files.items(), start=1):
             target = "model.safetensors" if single else file.name
-            tensors = _stacked({name: tensor_of(name) for name in names})
+            tensors = {name: tensor_of(name) for name in names}
             if number == len(files):
                 tensors |= added or {}
+            tensors = _stacked(tensors)
             weight_map |= dict.fromkeys(tensors, target)
             total += sum(tensor.nbytes for tensor in tensors.values())
             save_file(tensors, staging / target, metadata={"format": "pt"})
@@ -66,7 +67,8 @@ def write_like(
                 shutil.copyfile(companion, staging / companion.name)
         if like.config:
             merged = {**like.config, **(config or {})}
-            (staging / "config.json").write_text(json.dumps(merged, indent=2, sort_keys=True), encoding="utf-8")
+            text = json.dumps(encode_numbers(merged), indent=2, sort_keys=True)
+            (staging / "config.json").write_text(text, encoding="utf-8")
 
 
 def _stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

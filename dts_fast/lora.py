@@ -208,7 +208,7 @@ class LoraCheckpoint(Checkpoint):
             CheckpointError: it is damaged, of a kind that is not a low-rank sum (DoRA), or not of this base.
         """
         config = json.loads((Path(path) / CONFIG_NAME).read_text(encoding="utf-8"))
-        lora = Checkpoint.open(Path(path) / WEIGHTS_NAME)
+        lora = Checkpoint.open(Path(path) / WEIGHTS_NAME, stacks=True)
         pairs, whole = {}, {}
         for key in lora.tensors:
             name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .codes import Delta, DeltaSum, is_matrix, scaled, terms_of
+from .codes import Delta, DeltaSum, as_matrix, is_matrix, scaled, terms_of
 from .errors import DTSError
 
 
@@ -116,6 +116,8 @@ def mix(
             "it (--exclude), or keep it out of the mixture."
         )
     if not whole:
+        if len({is_matrix(delta) for _, delta in present}) > 1:  # of single rows and columns there are both kinds
+            present = [(weight, as_matrix(delta)) for weight, delta in present]
         if len({is_matrix(delta) for _, delta in present}) > 1:
             raise DTSError(f"{name!r} is low-rank in some of the adapters and a vector in others; it cannot be mixed.")
         terms = [term for weight, delta in present for term in terms_of(scaled(delta, weight))]

@@ -569,7 +569,7 @@ def _load_base(base_model: str | Path, changed: Mapping[str, object], model_kwar
     config = transformers.AutoConfig.for_model(**settings)
     path = Path(base_model)
     if path.is_file():
-        weights = {name: checkpoint.get(name) for name in checkpoint.tensors}
+        weights = checkpoint.as_stored()
         if model_class is transformers.AutoModel:
             model_class = type(model_class.from_config(config))
         return model_class.from_pretrained(None, config=config, state_dict=weights, **model_kwargs).eval()

@@ -31,7 +31,9 @@ class Piece:
     def named(name: str) -> Piece | None:
         """The piece that a name means; None for an ordinary parameter's."""
         match = _NAME.fullmatch(name) if name.endswith("]") else None
-        return match and Piece(match["parameter"], int(match["expert"]), int(match["part"]), int(match["parts"]))
+        if match is None or int(match["part"]) >= int(match["parts"]):
+            return None
+        return Piece(match["parameter"], int(match["expert"]), int(match["part"]), int(match["parts"]))
 
     @property
     def bank(self) -> str:

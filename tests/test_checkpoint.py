@@ -9,6 +9,7 @@ from conftest import plain_tensors, write_checkpoint
 from safetensors.torch import save_file
 
 from dts_fast.checkpoint import Checkpoint, common_prefix, is_embedding, pair_tensors
+from dts_fast.dense import write_like
 from dts_fast.errors import CheckpointError
 
 
@@ -183,3 +184,26 @@ def test_buffers_of_old_checkpoints_take_no_part(tmp_path):
         "h.0.attn.bias",
         "rotary_emb.inv_freq",
     }
+
+
+def test_stacks_of_experts_are_matrices_and_convolutions_are_not(tmp_path):
+    shapes = {
+        "layers.0.experts.up_proj": (3, 20, 17), "block_sparse_moe.input_linear.weight": (2, 16, 16),
+        "moe_conv.weight": (40, 24, 3), "smoe.kernel": (4, 20, 20), "expertise.weight": (4, 20, 20),
+    }  # fmt: skip
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    write_checkpoint(tmp_path / "base", tensors)
+    base = Checkpoint.open(tmp_path / "base")
+    pieces = [f"layers.0.experts.up_proj[{e},0/1]" for e in range(3)]
+    pieces += [f"block_sparse_moe.input_linear.weight[{e},0/1]" for e in range(2)]
+    assert set(base.tensors) == {*pieces, "moe_conv.weight", "smoe.kernel", "expertise.weight"}
+    for e in range(3):
+        assert torch.equal(base.get(pieces[e]), tensors["layers.0.experts.up_proj"][e])
+        assert base.tensors[pieces[e]].shape == (20, 17)
+    assert base.as_stored().keys() == tensors.keys()
+    assert Checkpoint.open(tmp_path / "base", stacks=True).tensors.keys() == tensors.keys()
+    write_like(base, tmp_path / "again", base.get, added={f"moe.new[{e},0/1]": torch.full((16, 16), e) for e in (1, 0)})
+    again = Checkpoint.open(tmp_path / "again").as_stored()
+    assert again.pop("moe.new")[:, 0, 0].tolist() == [0, 1]
+    assert all(torch.equal(again.pop(name), tensor) for name, tensor in tensors.items())
+    assert not again

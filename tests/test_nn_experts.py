@@ -14,7 +14,7 @@ from test_model_architectures import adapters
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dts_fast import DTSConfig, DTSModel, DTSModule, compress, fit, route
+from dts_fast import DTSConfig, DTSModel, DTSModule, compress, fit, fuse, route
 from dts_fast.adapter_file import load_adapter
 from dts_fast.bank import Arena, Bank
 from dts_fast.errors import BaseMismatchError, CapacityError, RoutingError
@@ -483,3 +483,80 @@ def test_methods_that_a_model_calls_beside_forward():
         wrapper.map(x)
     with route(["__base__", "__base__"]):
         assert torch.equal(wrapper.map(x), layer.map(x))
+
+
+@torch.no_grad()
+def test_buffers_that_a_fine_tune_changes_stay_the_bases(tmp_path):
+    """DeepSeek's bias of the choice of experts is no parameter, and training moves it without gradients."""
+    base = deepseek().eval()
+    base.save_pretrained(tmp_path / "base")
+    tuned = copy.deepcopy(base)
+    for name, tensor in tuned.state_dict().items():
+        if tensor.is_floating_point():
+            tensor += (1.0 if name.endswith("e_score_correction_bias") else 0.05) * torch.randn_like(tensor)
+    tuned.save_pretrained(tmp_path / "tuned")
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(rank=4))
+    with pytest.warns(UserWarning, match="keeps .*e_score_correction_bias .*stay the base's"):
+        model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")
+    model.load_adapter(tmp_path / "a", "again")
+    ids = torch.randint(3, 99, (2, 5))
+    torch.testing.assert_close(model(ids, adapter_names="a").logits, model(ids, adapter_names="again").logits)
+
+
+@torch.no_grad()
+def test_a_base_in_one_file_keeps_its_stacks(tmp_path):
+    config = transformers.GraniteMoeConfig(num_local_experts=4, **SIZES)
+    _, dense = adapters(tmp_path, lambda: transformers.GraniteMoeForCausalLM(config), exclude="moe")
+    single = DTSModel.from_pretrained(tmp_path / "base" / "model.safetensors", tmp_path / "a", "a")
+    ids = torch.randint(3, 99, (2, 5))
+    torch.testing.assert_close(single(ids).logits, dense["a"](ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_mixtures_of_mixtures_with_gates_of_one_output(tmp_path):
+    model, _ = adapters(tmp_path, qwen2)
+    fuse([tmp_path / "a", tmp_path / "b"], tmp_path / "fused", [0.5, 0.5])
+    model.load_adapter(tmp_path / "fused", "fused")
+    assert not any(module.stored for module in model.modules() if isinstance(module, DTSModule))
+    model.add_weighted_adapter(["fused", "a"], [0.5, 0.5], "more")
+    model.add_weighted_adapter(["a", "b"], [0.75, 0.25], "same")
+    ids = torch.randint(3, 99, (2, 5))
+    more, same = (model(ids, adapter_names=name).logits for name in ("more", "same"))
+    torch.testing.assert_close(more, same, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["down_proj[0,0/0]", "down_proj[0,1/1]", "down_proj[9,0/1]", "down_proj[0,0/7]"])
+def test_pieces_that_there_are_none_of(name):
+    for wrapper in (wrap(Experts(4, 20, 24, True), SlotTable(1)), DTSModule(Experts(4, 20, 24, True))):
+        with pytest.raises(BaseMismatchError, match="has no parameter"):
+            wrapper.check_parameters({name: fit(torch.randn(20, 24), rank=1)})
+
+
+def test_compiled_models_refuse_methods_beside_forward():
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x):
+            return x @ self.shift.T
+
+        def other(self, x):
+            return x + self.shift[0]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = wrap(Other(), SlotTable(1))
+
+        def forward(self, x):
+            return self.part.other(x)
+
+    model, x = Model(), torch.randn(2, 5)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+    model.part.load_adapter("a", shift=fit(torch.randn(3, 5), rank=2))
+    torch._dynamo.reset()
+    with route("a"), pytest.raises(Exception, match=r"calls other\(\) of a Other"):
+        compiled(x)
+    torch._dynamo.reset()

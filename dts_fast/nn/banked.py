@@ -62,7 +62,7 @@ class BankedModule(DTSModule):
         return self.bank.fits([page_count(parameters["weight"])], without)
 
     def has_fast_path(self, parameters: Mapping[str, Parameter]) -> bool:
-        return True
+        return _are_deltas({name: as_matrix(p) for name, p in parameters.items()})
 
     def changes(self, slot: int, name: str) -> bool:
         return name in self.loaded.get(slot, ()) or super().changes(slot, name)

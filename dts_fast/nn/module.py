@@ -117,6 +117,7 @@ class DTSModule(nn.Module):
         if piece is not None:
             stack = layer._parameters.get(piece.parameter)
             fits = stack is not None and stack.dim() == 3 and piece.expert < stack.shape[0]
+            fits = fits and stack.shape[1] % piece.parts == 0
             return (stack.shape[1] // piece.parts, stack.shape[2]) if fits else None
         own = layer._parameters.get(name)
         if name == "weight" and not (type(layer) is nn.Linear and is_plain(own)) and has_features(layer):

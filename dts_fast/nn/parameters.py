@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RoutingError, UnknownAdapterError
 from ..routing import current_route, named_slots
-from ..slots import BASE
+from ..slots import BASE, BASE_SLOT
 
 
 def run_with(layer: nn.Module, parameters: Mapping[str, Tensor], args: tuple, kwargs: dict):
@@ -131,12 +131,12 @@ def personal_method(method: Callable, wrapper: nn.Module, name: str) -> Callable
     Raises (when called):
         RoutingError: the rows of the batch have different ones.
     """
-    if torch.compiler.is_compiling() or (current_route() is None and wrapper.slots.active == BASE):
+    if torch.compiler.is_compiling():  # which adapters there will be a graph does not know
+        slots = {BASE_SLOT, *range(wrapper.slots.capacity)}
+    elif current_route() is None and wrapper.slots.active == BASE:
         return method
-    try:
-        slots = named_slots(wrapper.slots)
-    except UnknownAdapterError:
-        return method  # outside of calls, and the active adapter is evicted
+    else:
+        slots = _current(wrapper)
     if not any(wrapper.changes(slot, own) for slot in slots for own in wrapper.base_names()):
         return method
 
@@ -144,10 +144,17 @@ def personal_method(method: Callable, wrapper: nn.Module, name: str) -> Callable
         if len(slots) > 1:
             raise RoutingError(
                 f"the model calls {name}() of a {type(wrapper.base_layer).__name__}, and the rows of this batch have "
-                "different parameters there. Run these adapters in separate batches, or compress without it "
-                "(--exclude)."
+                "different parameters there, or will have in a compiled model. Run these adapters in separate batches, "
+                "not compiled, or compress without it (--exclude)."
             )
         own = with_parameters(wrapper.base_layer, wrapper.dense_parameters(next(iter(slots))))
         return getattr(own, name)(*args, **kwargs)
 
     return run
+
+
+def _current(wrapper: nn.Module) -> set[int]:
+    try:
+        return named_slots(wrapper.slots)
+    except UnknownAdapterError:
+        return set()  # outside of calls, and the active adapter is evicted

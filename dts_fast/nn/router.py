@@ -153,7 +153,7 @@ class _Products(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
         first = args[0] if args else None
-        written = first if name in _WRITES else kwargs.get("out")
+        written = first if name in _WRITES or kwargs.get("inplace") else kwargs.get("out")
         if isinstance(written, Tensor) and self._is_of_an_input(written):
             raise _UnexpectedError
         result = function(*args, **kwargs)
