@@ -207,7 +207,7 @@ def memory(name: str, plain: nn.Module, folder: Path, file_bytes: dict[str, int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), help="Both if not given.")
+    parser.add_argument("--model", choices=list(MODELS), help="All if not given.")
     parser.add_argument("--only", choices=["decode", "base", "loading", "memory"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
