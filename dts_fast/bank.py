@@ -239,9 +239,10 @@ class Bank(nn.Module):
         freed = []
         for row in rows:
             for page in self._listed.pop(row):
-                self._users[page] -= 1
-                if not self._users[page]:
-                    del self._users[page]
+                left = self._users.pop(page, 1) - 1  # not there if listing it was interrupted
+                if left:
+                    self._users[page] = left
+                else:
                     freed.append(page)
         self._free += freed
         self._free.sort()

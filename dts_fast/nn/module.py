@@ -346,7 +346,8 @@ class DTSModule(nn.Module):
 
 def is_changed(name: str, held: Collection[str]) -> bool:
     """Whether a parameter is among names, or a piece of it is."""
-    return name in held or any(own.endswith("]") and Piece.named(own).parameter == name for own in held)
+    pieces = (piece for own in held if (piece := Piece.named(own)) is not None)
+    return name in held or any(piece.parameter == name for piece in pieces)
 
 
 def has_features(layer: nn.Module) -> bool:
