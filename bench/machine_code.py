@@ -22,7 +22,7 @@ from dts_fast.hardware import header
 from dts_fast.triton.aot import CAPABILITIES, compile_all, disassemble
 
 ROOT = Path(__file__).resolve().parent.parent
-_ENTRY = re.compile(r"decode_kernelI(?P<type>\w+?)Li(?P<rows>\d+)ELi(?P<outputs>\d+)ELi(?P<warps>\d+)ELb(?P<base>[01])")
+_ENTRY = re.compile(r"decode_kernelI(?P<type>\w+?)Li(?P<rows>\d+)ELi(?P<outputs>\d+)ELi(?P<groups>\d+)ELi(?P<warps>\d+)ELb(?P<base>[01])")
 
 
 def cuda(capability: int) -> Iterator[dict[str, object]]:
@@ -43,7 +43,7 @@ def cuda(capability: int) -> Iterator[dict[str, object]]:
             "kernel": "decode_kernel",
             "capability": capability,
             "dtype": "bf16" if "bfloat" in entry["type"] else "fp16",
-            "shape": [int(entry[part]) for part in ("rows", "outputs", "warps")],
+            "shape": [int(entry[part]) for part in ("rows", "outputs", "groups", "warps")],
             "base": entry["base"] == "1",
             **resources,
             "mma": count(r"\bHMMA\b"),

@@ -301,8 +301,8 @@ def machine_code() -> str:
         if row["capability"] != 90 or row["dtype"] != "bf16":
             continue
         if row["kernel"] == "decode_kernel":
-            tiles, outputs, warps = row["shape"]
-            block = f"{8 * tiles} rows, {16 * outputs} outputs, {warps} + 1 warps{'' if row['base'] else ', no base'}"
+            tiles, outputs, groups, warps = row["shape"]
+            block = f"{8 * tiles} rows, {16 * outputs * groups} outputs, {warps} + 1 warps{'' if row['base'] else ', no base'}"
         else:
             c = row["config"]
             block = f"{c['block_m']} x {c['block_n']} x {c['block_k']}, {c['pages']} pages, {c['warps']} warps"

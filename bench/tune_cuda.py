@@ -1,6 +1,6 @@
 """Which launch of the CUDA decode kernel is fastest where: every instance, slices of k, dependent launches.
 
-    python bench/tune_cuda.py [--model Llama-3.1-8B] [--rows 1 8 16 32] [--minutes 4] [--out decode_shapes.jsonl]
+    python bench/tune_cuda.py [--model Llama-3.1-8B] [--rows 1 8 16 32 64] [--minutes 4] [--out decode_shapes.jsonl]
 
 What csrc/cuda/decode.h, `choose_shape`, is to be made from. Writes as it goes.
 """
@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SLICES = (1, 2, 4, 8)
 
 
-def instances() -> list[tuple[int, int, int]]:
-    """(row tiles, output tiles, warps) of what is compiled."""
+def instances() -> list[tuple[int, int, int, int]]:
+    """(row tiles, output tiles, groups, warps) of what is compiled."""
     text = (ROOT / "csrc" / "cuda" / "decode.h").read_text(encoding="utf-8")
-    return [tuple(map(int, found)) for found in re.findall(r"X\((\d+), (\d+), (\d+)\)", text)]
+    return [tuple(map(int, found)) for found in re.findall(r"X\((\d+), (\d+), (\d+), (\d+)\)", text)]
 
 
 def runs(point: Point, shape: list[int]) -> list:
@@ -44,7 +44,7 @@ def runs(point: Point, shape: list[int]) -> list:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="Llama-3.1-8B")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 32])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 32, 64])
     parser.add_argument("--minutes", type=float, default=4)
     parser.add_argument("--out", type=Path, default=Path("decode_shapes.jsonl"))
     options = parser.parse_args()

@@ -53,7 +53,7 @@ def _backends(compiler: str | None) -> list[dict[str, object]]:
     return [
         _backend("plain torch", True, "serves every device that no kernel below serves", None),
         _backend("CPU C++", native.MODULE is not None, cpu_reason, mend),
-        _backend("CUDA C++", no_cuda is None, no_cuda or "for up to 32 rows of CUDA tensors", cuda_mend),
+        _backend("CUDA C++", no_cuda is None, no_cuda or "for up to 64 rows of CUDA tensors", cuda_mend),
         _backend("Triton", no_triton is None, no_triton or "for CUDA tensors", triton_mend),
     ]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import native, reference
 from .codes import PAGE_RANKS, PageLayout
 
-_DECODE_ROWS = 32  # csrc/cuda/decode.h
+_DECODE_ROWS = 64  # csrc/cuda/decode.h
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *bank: Tensor) -> Tensor:

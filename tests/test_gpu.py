@@ -38,7 +38,7 @@ def close(y: torch.Tensor, truth: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("m", [1, 7, 12, 25, 33, 300])
+@pytest.mark.parametrize("m", [1, 7, 12, 25, 33, 64, 300])
 def test_rows_use_their_own_adapters(dtype, m):
     layer, dense = layer_of(264, 520, dtype)
     x = torch.randn(m, 520, device="cuda").to(dtype)
@@ -47,7 +47,8 @@ def test_rows_use_their_own_adapters(dtype, m):
         close(layer(x), expected(x, dense, slots))
 
 
-SHAPES = re.findall(r"X\((\d+), (\d+), (\d+)\)", (Path(__file__).parents[1] / "csrc/cuda/decode.h").read_text())
+DECODE = Path(__file__).parents[1] / "csrc/cuda/decode.h"
+SHAPES = re.findall(r"X\((\d+), (\d+), (\d+), (\d+)\)", DECODE.read_text())
 
 
 @pytest.mark.skipif(gpu.why_not_cuda() is not None, reason=f"no CUDA kernels: {gpu.why_not_cuda()}")

@@ -15,6 +15,8 @@
 // other rows use: a page is added by a warp that its slot and its place in the list choose.
 #pragma once
 
+#include <type_traits>
+
 #include "decode.h"
 #include "fragment.cuh"
 #if defined(__CUDACC__)
@@ -23,23 +25,54 @@
 
 namespace dts_fast::cuda {
 
+// Sets of rows, as bits; a lane of a warp speaks for one row, or for two, 32 apart.
+template <int kRowTiles>
+struct Rows {
+  static constexpr int kHalves = kRowTiles > 4 ? 2 : 1;
+  using Set = std::conditional_t<kHalves == 2, uint64_t, uint32_t>;
+
+  static __device__ __forceinline__ bool has(Set set, int row) { return set >> row & 1; }
+  // Whether any of the 8 rows of a tile is in it.
+  static __device__ __forceinline__ bool meets(Set set, int tile) { return (set >> (8 * tile) & 0xff) != 0; }
+  static __device__ __forceinline__ int first(Set set) {
+    if constexpr (kHalves == 2) {
+      return __ffsll(static_cast<long long>(set)) - 1;
+    } else {
+      return __ffs(static_cast<int>(set)) - 1;
+    }
+  }
+  // The rows of which `predicate`, asked by the lane that speaks for a half's, is true.
+  template <class Predicate>
+  static __device__ __forceinline__ Set where(Predicate&& predicate) {
+    Set set = __ballot_sync(0xffffffff, predicate(0));
+    if constexpr (kHalves == 2) set |= static_cast<Set>(__ballot_sync(0xffffffff, predicate(1))) << 32;
+    return set;
+  }
+};
+
 // A block's shared memory.
-template <int kRowTiles, int kOutputTiles, int kWarps>
+template <int kRowTiles, int kOutputTiles, int kGroups, int kWarps>
 struct Shared {
-  static constexpr int kOutputs = 16 * kOutputTiles;
-  static constexpr int kStaged = 32;  // pages whose part of U is fetched before h is there
-  // Warps whose sums are here at a time: all, or half of them where that would be more than a block may have.
-  static constexpr bool kLarge = kWarps * 8 * kRowTiles * (kOutputs + 4) > 10000;
-  static constexpr int kParts = kLarge ? (kWarps + 1) / 2 : kWarps;
+  using R = Rows<kRowTiles>;
+  static constexpr int kOutputs = 16 * kOutputTiles * kGroups;
+  static constexpr int kStaged = kGroups > 1 ? 16 : 32;  // pages whose part of U is fetched before h is there
+  // Parts of k whose sums are here at a time: all, or half of them where that would be more than a block may have.
+  static constexpr int kAll = kWarps / kGroups;
+  static constexpr bool kLarge = kAll * 8 * kRowTiles * (kOutputs + 4) > 10000;
+  static constexpr int kParts = kLarge ? (kAll + 1) / 2 : kAll;
   alignas(16) float parts[kParts][8 * kRowTiles][kOutputs + 4];
   uint32_t words[kStaged][kOutputs];
   Table tables[kStaged];
   // By row; where a row is the first with its slot: its pages are number `begin` .. `begin + count` of the batch's.
-  int slot[32], begin[32], count[32];
-  uint32_t same[32];  // rows with its slot
-  int pages;          // of all distinct slots
-  int exhausted;      // whether all claims have been taken
-  int last;           // whether this block is the last slice of its outputs to end
+  int slot[32 * R::kHalves], begin[32 * R::kHalves], count[32 * R::kHalves];
+  typename R::Set same[32 * R::kHalves];  // rows with its slot
+  int pages;                              // of all distinct slots
+  int exhausted;                          // whether all claims have been taken
+  int last;                               // whether this block is the last slice of its outputs to end
+
+  __device__ __forceinline__ bool holds(int row, int number) const {
+    return number >= begin[row] && number < begin[row] + count[row];
+  }
 };
 
 // The block's barriers: all of it, and what is known about the batch.
@@ -47,13 +80,6 @@ constexpr int kKnown = 1;
 
 __device__ __forceinline__ void add(float4& sum, const float4& part) {
   sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-}
-
-// What the kernel before this one may have written. Where that may still have been running when this one began, neither
-// as constant memory nor from the first-level cache.
-template <class V>
-__device__ __forceinline__ V load_result(const DecodeProblem& p, const V* at) {
-  return p.dependent ? __ldcg(at) : __ldg(at);
 }
 
 // Four levels over the largest, which goes into h: float16 holds them whatever their size. Returns that largest. What
@@ -75,13 +101,17 @@ __device__ __forceinline__ float load_table(const uint32_t* page, int levels, Ta
 // x V of one page for the rows of one slot, over the chunks [begin, end) of k, by one warp: sums [16 ranks, 8 rows].
 template <class T, int kRowTiles>
 __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32_t* page, const Table& table,
-                                            const bool (&mine)[kRowTiles], int begin, int end,
+                                            typename Rows<kRowTiles>::Set same, int begin, int end,
                                             float (&sums)[kRowTiles][4]) {
+  using R = Rows<kRowTiles>;
   // Codes come from memory: as many as registers hold are on their way at once, for one tile of rows a whole split's. x
   // comes from a cache, in smaller parts.
-  constexpr int kCodes = kSplit / kChunk / kRowTiles, kInputs = 4 / kRowTiles;
+  constexpr int kCodes = kSplit / kChunk / kRowTiles, kInputs = kRowTiles < 4 ? 4 / kRowTiles : 1;
   const int lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
   const int tiles = (p.k + kTileWords - 1) / kTileWords;
+  bool mine[kRowTiles];
+#pragma unroll
+  for (int j = 0; j < kRowTiles; ++j) mine[j] = R::has(same, 8 * j + g);
   const T* const x = static_cast<const T*>(p.x);
   for (int first = begin; first < end; first += kCodes) {
     uint32_t words[kCodes][2] = {};
@@ -101,7 +131,7 @@ __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32
 #pragma unroll
         for (int j = 0; j < kRowTiles; ++j) {
           if (chunk < end && k < p.k && mine[j]) {
-            xs[i][j] = load_result(p, reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k));
+            xs[i][j] = load_result(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k));
           }
         }
       }
@@ -113,6 +143,7 @@ __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32
           const Pairs bottom = decode(table, shrink_codes(words[part + i][1], t, step));
 #pragma unroll
           for (int j = 0; j < kRowTiles; ++j) {
+            if (kRowTiles >= 4 && !R::meets(same, j)) continue;
             mma<T>(sums[j], top.first, bottom.first, top.second, bottom.second, step ? xs[i][j].z : xs[i][j].x,
                    step ? xs[i][j].w : xs[i][j].y);
           }
@@ -124,21 +155,19 @@ __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32
 
 // One split of one page of the slot of row `first`, by one warp.
 template <class T, int kRowTiles>
-__device__ __forceinline__ void shrink_split(const DecodeProblem& p, int slot, uint32_t same, int first,
-                                             int place_in_list, int split) {
+__device__ __forceinline__ void shrink_split(const DecodeProblem& p, int slot, typename Rows<kRowTiles>::Set same,
+                                             int first, int place_in_list, int split) {
+  using R = Rows<kRowTiles>;
   const int lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
   const int64_t entry = static_cast<int64_t>(slot) * p.list_length + place_in_list;
   const uint32_t* const page = p.pages + __ldg(p.slot_pages + entry) * p.page_words;
   const float* const s = reinterpret_cast<const float*>(page + kScales);
   const float weight = __ldg(p.slot_weights + entry), s0 = __ldg(s + g), s1 = __ldg(s + g + 8);
-  bool mine[kRowTiles];
-#pragma unroll
-  for (int j = 0; j < kRowTiles; ++j) mine[j] = same >> (8 * j + g) & 1;
   Table v, u;
   const float scale = weight * load_table<T>(page, kULevels, u) * load_table<T>(page, kVLevels, v);
   const int chunks = (p.k + kChunk - 1) / kChunk, span = (chunks + p.splits - 1) / p.splits;
   float sums[kRowTiles][4] = {};
-  shrink_page<T, kRowTiles>(p, page, v, mine, split * span, min((split + 1) * span, chunks), sums);
+  shrink_page<T, kRowTiles>(p, page, v, same, split * span, min((split + 1) * span, chunks), sums);
   const float scales[2] = {scale * s0, scale * s1};
   const int64_t width = static_cast<int64_t>(kRanks) * p.list_length;
   T* const h = static_cast<T*>(p.h);
@@ -147,7 +176,7 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, int slot, u
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = 8 * j + 2 * t + (i & 1), rank = g + 8 * (i >> 1);
-      if (!(same >> row & 1)) continue;
+      if (!R::has(same, row)) continue;
       const int64_t column = place_in_list * kRanks + rank;
       const float value = sums[j][i] * scales[i >> 1];
       if (p.splits == 1) {
@@ -168,7 +197,7 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, int slot, u
   __syncwarp();
   // Four columns a lane, eight rows at a time: few trips to memory, as all blocks may be waiting for this.
   for (int row = lane >> 2; row < p.m; row += 8) {
-    if (!(same >> row & 1)) continue;
+    if (!R::has(same, row)) continue;
     const int64_t at = row * width + place_in_list * kRanks + 4 * (lane & 3);
     float4 sum = {};
 #pragma unroll 4
@@ -184,8 +213,8 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, int slot, u
 // Shrinks what no one else has claimed, by one warp, until nothing is left.
 template <class T, int kRowTiles, class S>
 __device__ __forceinline__ void shrink_claims(const DecodeProblem& p, int blocks, S& shared) {
+  using R = Rows<kRowTiles>;
   const int lane = threadIdx.x & 31;
-  const int begin = shared.begin[lane], count = shared.count[lane];
   const uint32_t claims = shared.pages * p.splits;
   while (true) {
     uint32_t claim = 0;
@@ -194,7 +223,7 @@ __device__ __forceinline__ void shrink_claims(const DecodeProblem& p, int blocks
     if (claim >= claims) break;
     // Neighbours are the splits of one page, which so end at about the same time.
     const int number = static_cast<int>(claim) / p.splits, split = static_cast<int>(claim) % p.splits;
-    const int first = __ffs(__ballot_sync(0xffffffff, number >= begin && number < begin + count)) - 1;
+    const int first = R::first(R::where([&](int half) { return shared.holds(lane + 32 * half, number); }));
     shrink_split<T, kRowTiles>(p, shared.slot[first], shared.same[first], first, number - shared.begin[first], split);
     __syncwarp();
     if (lane == 0) increment_release(p.counters + kDone, claims + blocks - 1);
@@ -202,57 +231,74 @@ __device__ __forceinline__ void shrink_claims(const DecodeProblem& p, int blocks
 }
 
 // What the batch consists of: the first row of each distinct slot, and its pages. By one warp, the same in all blocks.
-template <class S>
+template <int kRowTiles, class S>
 __device__ __forceinline__ void know_batch(const DecodeProblem& p, S& shared) {
+  using R = Rows<kRowTiles>;
   constexpr int kAtOnce = 8;
   const int lane = threadIdx.x & 31;
-  const int slot = lane < p.m ? load_result(p, p.slot_ids + lane) : -1;
-  const uint32_t same = __match_any_sync(0xffffffff, slot);
-  int count = 0;
-  if (slot >= 0 && __ffs(same) - 1 == lane) {
-    const int32_t* const list = p.slot_pages + static_cast<int64_t>(slot) * p.list_length;
-    bool more = true;
-    for (int l = 0; more && l < p.list_length; l += kAtOnce) {
-      int index[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) index[i] = l + i < p.list_length ? __ldg(list + l + i) : -1;
+  for (int half = 0; half < R::kHalves; ++half) {
+    const int row = lane + 32 * half;
+    shared.slot[row] = row < p.m ? load_result(p.slot_ids + row) : -1;
+  }
+  __syncwarp();
+  int before = 0;  // pages of the rows of the half before
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        more = more && index[i] >= 0;
-        count += more;
+  for (int half = 0; half < R::kHalves; ++half) {
+    const int row = lane + 32 * half, slot = shared.slot[row];
+    typename R::Set same = 0;
+    if constexpr (R::kHalves == 1) {
+      same = __match_any_sync(0xffffffff, slot);
+    } else {
+      for (int i = 0; i < 32 * R::kHalves; ++i) same |= static_cast<typename R::Set>(shared.slot[i] == slot) << i;
+    }
+    int count = 0;
+    if (slot >= 0 && R::first(same) == row) {
+      const int32_t* const list = p.slot_pages + static_cast<int64_t>(slot) * p.list_length;
+      bool more = true;
+      for (int l = 0; more && l < p.list_length; l += kAtOnce) {
+        int index[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) index[i] = l + i < p.list_length ? __ldg(list + l + i) : -1;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          more = more && index[i] >= 0;
+          count += more;
+        }
       }
     }
-  }
-  int end = count;  // of this row's pages, the others' before them
+    int end = count;  // of this row's pages, the others' before them
 #pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int before = __shfl_sync(0xffffffff, end, max(lane - distance, 0));
-    if (lane >= distance) end += before;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int others = __shfl_sync(0xffffffff, end, max(lane - distance, 0));
+      if (lane >= distance) end += others;
+    }
+    end += before;
+    shared.same[row] = same;
+    shared.begin[row] = end - count;
+    shared.count[row] = count;
+    before = __shfl_sync(0xffffffff, end, 31);
   }
-  shared.slot[lane] = slot;
-  shared.same[lane] = same;
-  shared.begin[lane] = end - count;
-  shared.count[lane] = count;
   if (lane == 31) {
-    shared.pages = end;
+    shared.pages = before;
     shared.exhausted = 0;
   }
   __syncwarp();
 }
 
 // The block's words of U, and its tables, for the first of the batch's pages: from memory before h is there.
-template <class T, int kOutputTiles, class S>
+template <class T, int kRowTiles, class S>
 __device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, S& shared) {
-  constexpr int kAtOnce = 4, kOutputs = 16 * kOutputTiles, kWords = (kOutputs + 31) / 32;
+  using R = Rows<kRowTiles>;
+  constexpr int kAtOnce = 4, kOutputs = S::kOutputs, kWords = (kOutputs + 31) / 32;
   const int lane = threadIdx.x & 31;
-  const int begin = shared.begin[lane], count = shared.count[lane];
   const int staged = min(shared.pages, S::kStaged);
   for (int q = 0; q < staged; q += kAtOnce) {
     const uint32_t* page[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int number = min(q + i, staged - 1);
-      const int row = __ffs(__ballot_sync(0xffffffff, number >= begin && number < begin + count)) - 1;
+      const int row = R::first(R::where([&](int half) { return shared.holds(lane + 32 * half, number); }));
       const int64_t entry = static_cast<int64_t>(shared.slot[row]) * p.list_length + number - shared.begin[row];
       page[i] = p.pages + __ldg(p.slot_pages + entry) * p.page_words;
     }
@@ -279,19 +325,26 @@ __device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, 
   }
 }
 
-// Chunks of k whose loads a thread has under way together: as many as its registers hold where 16 warps share a
-// multiprocessor, which then keep some 48 to 96 KiB of weights on their way.
-DTS_FAST_BOTH constexpr int ahead(int row_tiles, int output_tiles) {
-  if (row_tiles == 4) return output_tiles == 4 ? 2 : 4;
+// Chunks of k whose weights a thread has under way together: as many as its registers hold where 16 warps share a
+// multiprocessor, or fewer, which then keep some 32 to 96 KiB on their way.
+DTS_FAST_BOTH constexpr int ahead(int row_tiles, int output_tiles, int warps) {
+  if (row_tiles >= 4) return output_tiles == 4 ? 2 : warps == 4 && row_tiles == 4 ? 6 : 4;
   return row_tiles == 1 && output_tiles == 1 ? 6 : 3;
 }
+// And chunks of x, which comes from a cache: fewer where rows are many.
+DTS_FAST_BOTH constexpr int ahead_of_x(int row_tiles, int output_tiles, int warps) {
+  return row_tiles >= 4 ? ahead(row_tiles, output_tiles, warps) / (output_tiles == 4 ? 1 : 2)
+                        : ahead(row_tiles, output_tiles, warps);
+}
 
-// The block's outputs begin at `first`. Sums over this warp's part of the slice of k, an even share.
+// The warp's outputs begin at `first`. Sums over part number `part` of `parts` of k, an even share.
 template <class T, int kRowTiles, int kOutputTiles, int kWarps>
-__device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int slice,
+__device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int part, int parts,
                                           float (&sums)[kOutputTiles][kRowTiles][4]) {
-  constexpr int kAhead = ahead(kRowTiles, kOutputTiles);
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
+  constexpr int kAhead = ahead(kRowTiles, kOutputTiles, kWarps);
+  constexpr int kAheadOfX = ahead_of_x(kRowTiles, kOutputTiles, kWarps);
+  static_assert(kAhead % kAheadOfX == 0);
+  const int lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
   const uint64_t policy = read_once_policy();
   const T* const x = static_cast<const T*>(p.x) + 8 * t;
   const T* rows[kOutputTiles][2];
@@ -305,7 +358,6 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int
     }
   }
   const int chunks = (p.k + kChunk - 1) / kChunk;
-  const int part = slice * kWarps + warp, parts = p.slices * kWarps;
   const int begin = static_cast<int>(static_cast<int64_t>(chunks) * part / parts);
   const int end = static_cast<int>(static_cast<int64_t>(chunks) * (part + 1) / parts);
   if (p.dependent) {
@@ -323,24 +375,31 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int
     }
   }
   wait_for_kernel_before();
-  uint4 w[kAhead][kOutputTiles][2] = {}, xs[kAhead][kRowTiles] = {};
-  const auto load = [&](int i, int chunk) {
-    const int k = chunk * kChunk;
-    const bool inside = chunk < end && k + 8 * t < p.k;
+  uint4 w[kAhead][kOutputTiles][2] = {}, xs[kAheadOfX][kRowTiles] = {};
+  const auto inside = [&](int chunk) { return chunk < end && chunk * kChunk + 8 * t < p.k; };
+  const auto load_weights = [&](int i, int chunk) {
+    const bool there = inside(chunk);
 #pragma unroll
     for (int o = 0; o < kOutputTiles; ++o) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) w[i][o][half] = inside ? load_once(rows[o][half] + k, policy) : uint4{};
+      for (int half = 0; half < 2; ++half) {
+        w[i][o][half] = there ? load_once(rows[o][half] + chunk * kChunk, policy) : uint4{};
+      }
     }
+  };
+  const auto load_inputs = [&](int i, int chunk) {
+    const bool there = inside(chunk);
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j) {
-      xs[i][j] = inside && 8 * j + g < p.m
-                     ? load_result(p, reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k))
+      xs[i][j] = there && 8 * j + g < p.m
+                     ? load_result(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + chunk * kChunk))
                      : uint4{};
     }
   };
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) load(i, begin + i);
+  for (int i = 0; i < kAhead; ++i) load_weights(i, begin + i);
+#pragma unroll
+  for (int i = 0; i < kAheadOfX; ++i) load_inputs(i, begin + i);
   // A chunk's registers are filled again as soon as it has been multiplied, so that loads never pause.
   for (int at = begin; at < end; at += kAhead) {
 #pragma unroll
@@ -350,27 +409,29 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int
       for (int j = 0; j < kRowTiles; ++j) {
 #pragma unroll
         for (int o = 0; o < kOutputTiles; ++o) {
-          const uint4 top = w[i][o][0], bottom = w[i][o][1];
-          mma<T>(sums[o][j], top.x, bottom.x, top.y, bottom.y, xs[i][j].x, xs[i][j].y);
-          mma<T>(sums[o][j], top.z, bottom.z, top.w, bottom.w, xs[i][j].z, xs[i][j].w);
+          const uint4 top = w[i][o][0], bottom = w[i][o][1], in = xs[i % kAheadOfX][j];
+          mma<T>(sums[o][j], top.x, bottom.x, top.y, bottom.y, in.x, in.y);
+          mma<T>(sums[o][j], top.z, bottom.z, top.w, bottom.w, in.z, in.w);
         }
       }
-      load(i, at + i + kAhead);
+      load_weights(i, at + i + kAhead);
+      load_inputs(i % kAheadOfX, at + i + kAheadOfX);
     }
   }
 }
 
 // Which pages of the batch a warp adds: those of every distinct slot once, dealt out to the warps of all slices by slot
 // and place, so that a row's sums are added in the same order whatever the other rows use.
-template <class S>
+template <int kRowTiles, class S>
 struct PagesOfWarp {
+  using R = Rows<kRowTiles>;
   const S& shared;
-  uint32_t left;  // rows that are the first with their slots, and not done
+  typename R::Set left;  // rows that are the first with their slots, and not done
   int part, parts;
   int row = 0, at = 0, count = 0;  // the next page is number `at` of the slot of row `row`
 
   __device__ __forceinline__ PagesOfWarp(const S& all, int lane, int own, int of)
-      : shared(all), left(__ballot_sync(0xffffffff, all.count[lane] > 0)), part(own), parts(of) {
+      : shared(all), left(R::where([&](int half) { return all.count[lane + 32 * half] > 0; })), part(own), parts(of) {
     begin();
   }
   __device__ __forceinline__ bool done() const { return !left; }
@@ -384,7 +445,7 @@ struct PagesOfWarp {
  private:
   __device__ __forceinline__ void begin() {
     for (; left; left &= left - 1) {
-      row = __ffs(left) - 1;
+      row = R::first(left);
       count = shared.count[row];
       at = (part + parts - shared.slot[row] % parts) % parts;
       if (at < count) return;
@@ -392,26 +453,28 @@ struct PagesOfWarp {
   }
 };
 
-// Adds h U^T for the block's outputs. Several pages are on their way at once: beyond those that are staged each is a
+// Adds h U^T for the warp's outputs, `offset` of the block's. Several pages are on their way at once: beyond those that are staged each is a
 // chain of trips to memory (its number, its codes).
-template <class T, int kRowTiles, int kOutputTiles, int kWarps, class S>
-__device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, int slice, const S& shared,
-                                            float (&sums)[kOutputTiles][kRowTiles][4]) {
-  constexpr int kAtOnce = kRowTiles == 4 ? 2 : 4;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
+template <class T, int kRowTiles, int kOutputTiles, class S>
+__device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, int offset, int part, int parts,
+                                            const S& shared, float (&sums)[kOutputTiles][kRowTiles][4]) {
+  using R = Rows<kRowTiles>;
+  constexpr int kAtOnce = kRowTiles >= 4 ? 2 : 4;
+  const int lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
   const int64_t width = static_cast<int64_t>(kRanks) * p.list_length;
-  PagesOfWarp<S> next(shared, lane, slice * kWarps + warp, p.slices * kWarps);
+  PagesOfWarp<kRowTiles, S> next(shared, lane, part, parts);
   while (!next.done()) {
     uint2 hs[kAtOnce][kRowTiles] = {};
     uint32_t words[kAtOnce][kOutputTiles][2] = {};
     Table tables[kAtOnce] = {};
+    typename R::Set users[kAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (next.done()) continue;  // the rest adds zeros
-      const uint32_t same = shared.same[next.row];
+      const typename R::Set same = users[i] = shared.same[next.row];
 #pragma unroll
       for (int j = 0; j < kRowTiles; ++j) {
-        if (same >> (8 * j + g) & 1) {
+        if (R::has(same, 8 * j + g)) {
           const T* const h = static_cast<const T*>(p.h) + (8 * j + g) * width + next.at * kRanks + 4 * t;
           hs[i][j] = __ldcg(reinterpret_cast<const uint2*>(h));  // written in this launch: not from this level's cache
         }
@@ -430,7 +493,7 @@ __device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, i
       for (int o = 0; o < kOutputTiles; ++o) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int output = 16 * o + 8 * half + g;
+          const int output = offset + 16 * o + 8 * half + g;
           words[i][o][half] = staged                 ? shared.words[number][output]
                               : first + output < p.n ? __ldg(page + p.u_tiles + first + output)
                                                      : 0;
@@ -446,6 +509,7 @@ __device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, i
         const Pairs bottom = decode(tables[i], expand_codes(words[i][o][1], t));
 #pragma unroll
         for (int j = 0; j < kRowTiles; ++j) {
+          if (kRowTiles >= 4 && !R::meets(users[i], j)) continue;
           mma<T>(sums[o][j], top.first, bottom.first, top.second, bottom.second, hs[i][j].x, hs[i][j].y);
         }
       }
@@ -454,10 +518,11 @@ __device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, i
 }
 
 // A block's sums over all of its warps, in their order: afterwards in shared.parts, which `block_sum` adds up.
-template <int kRowTiles, int kOutputTiles, int kWarps, class S>
-__device__ __forceinline__ void share_sums(S& shared, float (&sums)[kOutputTiles][kRowTiles][4]) {
-  constexpr int kParts = S::kParts;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
+template <int kRowTiles, int kOutputTiles, class S>
+__device__ __forceinline__ void share_sums(S& shared, int offset, int own,
+                                           float (&sums)[kOutputTiles][kRowTiles][4]) {
+  constexpr int kParts = S::kParts, kAll = S::kAll;
+  const int lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
   const auto each = [&](int part, auto&& function) {
 #pragma unroll
     for (int o = 0; o < kOutputTiles; ++o) {
@@ -465,19 +530,19 @@ __device__ __forceinline__ void share_sums(S& shared, float (&sums)[kOutputTiles
       for (int j = 0; j < kRowTiles; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          function(shared.parts[part][8 * j + 2 * t + (i & 1)][16 * o + g + 8 * (i >> 1)], sums[o][j][i]);
+          function(shared.parts[part][8 * j + 2 * t + (i & 1)][offset + 16 * o + g + 8 * (i >> 1)], sums[o][j][i]);
         }
       }
     }
   };
   const auto store = [](float& place, float& sum) { place = sum; };
-  if constexpr (kParts < kWarps) {
-    if (warp >= kParts && warp < kWarps) each(warp - kParts, store);
+  if constexpr (kParts < kAll) {
+    if (own >= kParts && own < kAll) each(own - kParts, store);
     __syncthreads();
-    if (warp < kWarps - kParts) each(warp, [](float& place, float& sum) { sum += place; });
+    if (own < kAll - kParts) each(own, [](float& place, float& sum) { sum += place; });
     __syncthreads();
   }
-  if (warp < kParts) each(warp, store);
+  if (own < kParts) each(own, store);
 }
 
 // The sums of four neighbouring outputs of a row.
@@ -491,29 +556,37 @@ __device__ __forceinline__ float4 block_sum(const S& shared, int row, int output
   return sum;
 }
 
-// What one block does. Grid: blocks of 16 kOutputTiles outputs, each as many times as there are slices of k. Threads:
-// kWarps warps on the base, and one beside them: 8 or 16 together, so that each quarter of a multiprocessor has two or
-// four. Rows: m <= 8 kRowTiles. x, weight and h are of type T, with rows of whole 16 bytes.
-template <class T, int kRowTiles, int kOutputTiles, int kWarps, bool kBase>
-__device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRowTiles, kOutputTiles, kWarps>& shared) {
-  constexpr int kOutputs = 16 * kOutputTiles, kThreads = 32 * (kWarps + 1);
+// What one block does. Grid: blocks of 16 kOutputTiles kGroups outputs, each as many times as there are slices of k.
+// Threads: kWarps warps on the base, as many of each group, and one beside them. In one group 8 or 16 together, so that
+// each quarter of a multiprocessor has two or four. Rows: m <= 8 kRowTiles. x, weight and h are of type T, with rows of
+// whole 16 bytes.
+template <class T, int kRowTiles, int kOutputTiles, int kGroups, int kWarps, bool kBase>
+__device__ __forceinline__ void decode_block(const DecodeProblem& p,
+                                             Shared<kRowTiles, kOutputTiles, kGroups, kWarps>& shared) {
+  static_assert(kWarps % kGroups == 0);
+  constexpr int kOutputs = 16 * kOutputTiles * kGroups, kThreads = 32 * (kWarps + 1), kParts = kWarps / kGroups;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  // The groups' warps of one part of k are neighbours, and read the same x at about the same time. (The warp beside
+  // them has a part that there is not.)
+  const int own = warp / kGroups, offset = warp % kGroups * 16 * kOutputTiles;
   const int place_in_n = blockIdx.x / p.slices, slice = blockIdx.x % p.slices;
   const int first = place_in_n * kOutputs, blocks = gridDim.x;
   float sums[kOutputTiles][kRowTiles][4] = {};
   if (warp == kWarps || !kBase) wait_for_kernel_before();
   if (warp == kWarps) {
-    know_batch(p, shared);
+    know_batch<kRowTiles>(p, shared);
     arrive<kKnown>(kThreads);
     if (shared.pages) {
       shrink_claims<T, kRowTiles>(p, blocks, shared);
       if (lane == 0) set_flag(&shared.exhausted);
-      stage_expand<T, kOutputTiles>(p, first, shared);
+      stage_expand<T, kRowTiles>(p, first, shared);
       const uint32_t claims = shared.pages * p.splits;
       if (lane == 0) wait_for(p.counters + kDone, claims);
     }
   } else {
-    if constexpr (kBase) base_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, slice, sums);
+    if constexpr (kBase) {
+      base_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first + offset, slice * kParts + own, p.slices * kParts, sums);
+    }
     let_next_kernel_begin();  // all blocks of this one are running, and leave soon
     meet<kKnown>(kThreads);
     // Where rows differ there may be more to shrink than one warp of each block has done by now.
@@ -522,9 +595,9 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRow
   }
   __syncthreads();
   if (warp < kWarps) {
-    expand_sums<T, kRowTiles, kOutputTiles, kWarps>(p, first, slice, shared, sums);
+    expand_sums<T, kRowTiles, kOutputTiles>(p, first, offset, slice * kParts + own, p.slices * kParts, shared, sums);
   }
-  share_sums<kRowTiles, kOutputTiles, kWarps>(shared, sums);
+  share_sums<kRowTiles, kOutputTiles>(shared, offset, own, sums);
   __syncthreads();
   if (warp == kWarps && shared.pages && lane == 0) {
     // Seen. All claims of this block were taken before the barriers above, and the last block to say so finds all
@@ -583,13 +656,13 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p, Shared<kRow
 }
 
 #if defined(__CUDACC__)
-template <class T, int kRowTiles, int kOutputTiles, int kWarps, bool kBase>
+template <class T, int kRowTiles, int kOutputTiles, int kGroups, int kWarps, bool kBase>
 __global__ void __launch_bounds__(32 * (kWarps + 1), resident_blocks(kRowTiles, kOutputTiles, kWarps))
     decode_kernel(const __grid_constant__ DecodeProblem p) {
-  __shared__ Shared<kRowTiles, kOutputTiles, kWarps> shared;
+  __shared__ Shared<kRowTiles, kOutputTiles, kGroups, kWarps> shared;
   // For older targets of a build there is nothing here; dts_fast/gpu.py does not ask for it.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  decode_block<T, kRowTiles, kOutputTiles, kWarps, kBase>(p, shared);
+  decode_block<T, kRowTiles, kOutputTiles, kGroups, kWarps, kBase>(p, shared);
 #endif
 }
 #endif

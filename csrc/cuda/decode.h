@@ -13,7 +13,7 @@ constexpr int kClaimed = 0;
 constexpr int kDone = 1;
 constexpr int kArrivals = 2;  // one for each row and each page that a slot may list, then one for each slice's outputs
 
-constexpr int kMostDecodeRows = 32;
+constexpr int kMostDecodeRows = 64;
 
 struct DecodeProblem {
   const void* x;  // [m, x_stride]
@@ -41,34 +41,42 @@ struct DecodeProblem {
   uint32_t* counters;    // [kArrivals + m list_length + blocks_of]
 };
 
-// The shape of a launch: tiles of 8 rows and of 16 outputs of a block, warps that stream its weights, and slices of k.
+// The shape of a launch: tiles of 8 rows; tiles of 16 outputs of a warp, and groups of warps with outputs of their own;
+// warps that stream weights, of all groups together; slices of k.
 struct DecodeShape {
-  int row_tiles, output_tiles, warps, slices;
+  int row_tiles, output_tiles, groups, warps, slices;
 };
 
+inline int64_t outputs_of(const DecodeShape& shape) { return int64_t{16} * shape.output_tiles * shape.groups; }
+
 inline int64_t blocks_of(const DecodeShape& shape, int64_t n) {
-  return (n + 16 * shape.output_tiles - 1) / (16 * shape.output_tiles);
+  return (n + outputs_of(shape) - 1) / outputs_of(shape);
 }
 
 // A block for every multiprocessor where there are few outputs, with twice the warps; otherwise smaller blocks, two of
 // which share one, so that one streams while the other ends. Every block reads all of x from the second-level cache, so
-// more rows want more outputs of a block, and where that leaves multiprocessors idle, slices of k. A slice costs a
-// round trip to memory at the end: up to 16 rows, half of the multiprocessors are enough for all of the memory's
-// bandwidth. From bytes in flight, not measured yet.
+// more rows want more outputs of a block: in groups, whose warps find x in the first-level cache. Where that leaves
+// multiprocessors idle there are slices of k. A slice costs a round trip to memory at the end: up to 16 rows, half of
+// the multiprocessors are enough for all of the memory's bandwidth. From bytes in flight, not measured yet.
 inline DecodeShape choose_shape(int64_t m, int64_t n, int64_t k, bool base, int multiprocessors) {
-  const int row_tiles = m <= 8 ? 1 : m <= 16 ? 2 : 4;
-  DecodeShape shape = {row_tiles, 1, 15, 1};
-  if (row_tiles == 4) {
-    shape = {4, base ? 4 : 2, 7, 1};  // without a base more blocks, that share the shrink
+  const int row_tiles = m <= 8 ? 1 : m <= 16 ? 2 : m <= 32 ? 4 : 8;
+  const bool many = row_tiles >= 4;
+  DecodeShape shape = {row_tiles, 1, 1, 15, 1};
+  if (many) {
+    shape = {row_tiles, 2, 4, 4, 1};
+    // Without a base more blocks, that share the shrink.
+    if (!base) shape = row_tiles == 4 ? DecodeShape{4, 2, 1, 7, 1} : DecodeShape{8, 1, 1, 7, 1};
+    // A few long slices are better than many short ones.
+    if (base && row_tiles == 4 && 16 * blocks_of(shape, n) <= multiprocessors) shape = {4, 4, 1, 7, 1};
   } else if (blocks_of(shape, n) > multiprocessors) {
     // Twice the outputs for as much of x.
-    shape = row_tiles == 1 ? DecodeShape{1, 1, 7, 1} : DecodeShape{2, 2, 15, 1};
+    shape = row_tiles == 1 ? DecodeShape{1, 1, 1, 7, 1} : DecodeShape{2, 2, 1, 15, 1};
     if (row_tiles == 2 && blocks_of(shape, n) > multiprocessors) shape.warps = 7;
   }
-  const int64_t blocks = blocks_of(shape, n), idle = row_tiles == 4 ? 2 : 3;
+  const int64_t blocks = blocks_of(shape, n), idle = many ? 2 : 3;
   if (base && idle * blocks <= multiprocessors) {
     constexpr int kLeast = 64, kMost = 8;  // elements of k for each warp; slices for the last one to add up
-    const int64_t most = std::min<int64_t>(multiprocessors / blocks, k / (kLeast * shape.warps));
+    const int64_t most = std::min<int64_t>(multiprocessors / blocks, k * shape.groups / (kLeast * shape.warps));
     shape.slices = static_cast<int>(std::clamp<int64_t>(most, 1, kMost));
   }
   return shape;
@@ -83,8 +91,10 @@ constexpr int resident_blocks(int row_tiles, int output_tiles, int warps) {
 constexpr int kSplit = 512;
 inline int choose_splits(int64_t k) { return static_cast<int>(k < 64 * kSplit ? (k + kSplit - 1) / kSplit : 64); }
 
-// The instances that are compiled: (row tiles, output tiles, warps).
-#define DTS_FAST_DECODE_SHAPES(X) X(1, 1, 7) X(1, 1, 15) X(2, 1, 15) X(2, 2, 7) X(2, 2, 15) X(4, 2, 7) X(4, 4, 7)
+// The instances that are compiled: (row tiles, output tiles, groups, warps).
+#define DTS_FAST_DECODE_SHAPES(X)                                                                               \
+  X(1, 1, 1, 7) X(1, 1, 1, 15) X(2, 1, 1, 15) X(2, 2, 1, 7) X(2, 2, 1, 15) X(4, 2, 1, 7) X(4, 4, 1, 7) X(4, 2, 4, 4) \
+  X(8, 1, 1, 7) X(8, 2, 4, 4)
 
 // Launches on a stream of the current device; the error code of the launch, 0 for none (cudaError_t).
 int launch_decode(const DecodeProblem& problem, const DecodeShape& shape, bool bfloat16, CUstream_st* stream);

@@ -7,29 +7,30 @@ namespace dts_fast::cuda {
 
 namespace {
 
-template <class T, int kRowTiles, int kOutputTiles, int kWarps>
+template <class T, int kRowTiles, int kOutputTiles, int kGroups, int kWarps>
 cudaError_t launch(const DecodeProblem& p, cudaStream_t stream) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks_of({kRowTiles, kOutputTiles, kWarps, 1}, p.n) * p.slices));
+  config.gridDim = dim3(static_cast<unsigned>(blocks_of({kRowTiles, kOutputTiles, kGroups, kWarps, 1}, p.n) * p.slices));
   config.blockDim = dim3(32 * (kWarps + 1));
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = p.dependent ? 1 : 0;
   const cudaError_t error =
-      p.base ? cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kWarps, true>, p)
-             : cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kWarps, false>, p);
+      p.base ? cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kGroups, kWarps, true>, p)
+             : cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kGroups, kWarps, false>, p);
   if (error != cudaSuccess) cudaGetLastError();  // reported here: not to be found by whoever asks next
   return error;
 }
 
 template <class T>
 int launch_typed(const DecodeProblem& p, const DecodeShape& shape, cudaStream_t stream) {
-#define DTS_FAST_LAUNCH(rows, outputs, count)                                             \
-  if (shape.row_tiles == rows && shape.output_tiles == outputs && shape.warps == count) { \
-    return launch<T, rows, outputs, count>(p, stream);                                    \
+#define DTS_FAST_LAUNCH(rows, outputs, number, count)                                     \
+  if (shape.row_tiles == rows && shape.output_tiles == outputs && shape.groups == number && \
+      shape.warps == count) {                                                               \
+    return launch<T, rows, outputs, number, count>(p, stream);                              \
   }
   DTS_FAST_DECODE_SHAPES(DTS_FAST_LAUNCH)
 #undef DTS_FAST_LAUNCH
@@ -49,7 +50,7 @@ bool dependent_launches() {
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMostDevices) return false;
   if (known[device]) return known[device] > 0;
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, decode_kernel<__nv_bfloat16, 1, 1, 7, true>);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, decode_kernel<__nv_bfloat16, 1, 1, 1, 7, true>);
   // Machine code for an older one, or its PTX, does not wait for the kernel before it.
   known[device] = error == cudaSuccess && attributes.binaryVersion >= 90 && attributes.ptxVersion >= 90 ? 1 : -1;
   return known[device] > 0;
@@ -57,7 +58,7 @@ bool dependent_launches() {
 
 int decode_runs() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, decode_kernel<__nv_bfloat16, 1, 1, 7, true>);
+  return cudaFuncGetAttributes(&attributes, decode_kernel<__nv_bfloat16, 1, 1, 1, 7, true>);
 }
 
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

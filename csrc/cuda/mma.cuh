@@ -48,6 +48,22 @@ __device__ __forceinline__ uint4 load_once(const void* p, uint64_t policy) {
   return v;
 }
 
+// What the kernel before this one may have written: a load that stays behind the wait for it (`__ldg` need not), and
+// goes through the first-level cache, where a block's warps share x.
+__device__ __forceinline__ uint4 load_result(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ int load_result(const int* p) {
+  int v;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
 // Into the second-level cache, which sees what other kernels write: no one can be misled by what it holds.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 

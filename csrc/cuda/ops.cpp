@@ -24,12 +24,12 @@ bool aligned(const at::Tensor& t) {
 DecodeShape choose(int64_t m, int64_t n, int64_t k, bool base, int multiprocessors, at::IntArrayRef wanted) {
   DecodeShape shape = choose_shape(m, n, k, base, multiprocessors);
   if (!wanted.empty()) {
-    TORCH_CHECK_VALUE(wanted.size() == 5 && 8 * wanted[0] >= m && wanted[1] >= 1 && wanted[2] >= 1 && wanted[3] >= 1 &&
-                          wanted[3] <= 64,
-                      "dts_fast: shape: expected [row tiles, output tiles, warps, slices, dependent] for ", m,
+    TORCH_CHECK_VALUE(wanted.size() == 6 && 8 * wanted[0] >= m && wanted[1] >= 1 && wanted[2] >= 1 && wanted[3] >= 1 &&
+                          wanted[4] >= 1 && wanted[4] <= 64,
+                      "dts_fast: shape: expected [row tiles, output tiles, groups, warps, slices, dependent] for ", m,
                       " rows, got ", wanted);
     const auto number = [&](int i) { return static_cast<int>(wanted[i]); };
-    shape = {number(0), number(1), number(2), number(3)};
+    shape = {number(0), number(1), number(2), number(3), number(4)};
   }
   if (!base) shape.slices = 1;  // there is nothing to slice
   return shape;
@@ -68,9 +68,9 @@ void decode_(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>
   p.m = static_cast<int>(m), p.n = static_cast<int>(n), p.k = static_cast<int>(k);
   p.splits = splits;
   // Not measured yet, so only where a bench asks for it.
-  p.dependent = !wanted.empty() && wanted[4] && dependent_launches();
+  p.dependent = !wanted.empty() && wanted[5] && dependent_launches();
   p.partial = partial.mutable_data_ptr<float>(), p.h = h.mutable_data_ptr();
-  const int64_t rounded_n = blocks_of(shape, n) * 16 * shape.output_tiles;
+  const int64_t rounded_n = blocks_of(shape, n) * outputs_of(shape);
   const at::Tensor sliced = at::empty({shape.slices > 1 ? shape.slices : 0, m, rounded_n}, partial.options());
   p.slices = shape.slices, p.slice_partial = sliced.mutable_data_ptr<float>();
   p.counters = counters(stream, kArrivals + m * length + blocks_of(shape, n));

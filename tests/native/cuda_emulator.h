@@ -204,7 +204,8 @@ inline uint32_t __match_any_sync(uint32_t, int value) {
   return out;
 }
 
-inline int __ffs(uint32_t v) { return __builtin_ffs(static_cast<int>(v)); }
+inline int __ffs(int v) { return __builtin_ffs(v); }
+inline int __ffsll(long long v) { return __builtin_ffsll(v); }
 
 template <class V>
 inline V __ldg(const V* p) {

@@ -52,6 +52,10 @@ inline uint64_t read_once_policy() { return 0; }
 inline void prefetch(const void*) {}
 inline void wait_for_kernel_before() {}
 inline void let_next_kernel_begin() {}
+template <class V>
+inline V load_result(const V* p) {
+  return __ldg(p);
+}
 inline uint4 load_once(const void* p, uint64_t) { return __ldg(static_cast<const uint4*>(p)); }
 inline void wait_for(const uint32_t* p, uint32_t number) {
   while (*p < number) emulated::yield();
@@ -92,7 +96,7 @@ struct Case {
   std::exit(1);
 }
 
-template <int kRowTiles, int kOutputTiles, int kWarps, bool kBase>
+template <int kRowTiles, int kOutputTiles, int kGroups, int kWarps, bool kBase>
 void run(const Case& c) {
   const int v_tiles = (c.k + 15) / 16, u_tiles = (c.n + 15) / 16, pages = c.slots * c.list_length + 1;
   const int64_t page_words = ((kTiles + (v_tiles + u_tiles) * kTileWords) + 31) / 32 * 32;
@@ -133,9 +137,9 @@ void run(const Case& c) {
   const int64_t width = static_cast<int64_t>(kRanks) * c.list_length;
   std::vector<float> partial(c.splits * c.m * width + 1, NAN);
   std::vector<Bf16> h(c.m * width + 8, Bf16{0x7fc0});
-  const DecodeShape shape = {kRowTiles, kOutputTiles, kWarps, kBase ? c.slices : 1};
+  const DecodeShape shape = {kRowTiles, kOutputTiles, kGroups, kWarps, kBase ? c.slices : 1};
   std::vector<uint32_t> counters(kArrivals + c.m * c.list_length + blocks_of(shape, c.n) + 1, 0);
-  const int64_t rounded_n = blocks_of(shape, c.n) * 16 * kOutputTiles;
+  const int64_t rounded_n = blocks_of(shape, c.n) * outputs_of(shape);
   std::vector<float> slice_partial(static_cast<size_t>(shape.slices) * c.m * rounded_n, NAN);
   DecodeProblem p = {};
   p.x = aligned(x), p.x_stride = x_stride;
@@ -150,11 +154,11 @@ void run(const Case& c) {
   p.slices = shape.slices, p.slice_partial = slice_partial.data();
   const auto blocks = static_cast<unsigned>(blocks_of(shape, c.n) * shape.slices);
   p.partial = partial.data(), p.h = aligned(h), p.counters = counters.data();
-  using Memory = Shared<kRowTiles, kOutputTiles, kWarps>;
+  using Memory = Shared<kRowTiles, kOutputTiles, kGroups, kWarps>;
   const auto launch = [&] {
     return emulated::launch(blocks, 32 * (kWarps + 1), c.resident, generator(), sizeof(Memory),
                             [&](emulated::Block& block) {
-                              decode_block<Bf16, kRowTiles, kOutputTiles, kWarps, kBase>(
+                              decode_block<Bf16, kRowTiles, kOutputTiles, kGroups, kWarps, kBase>(
                                   p, *reinterpret_cast<Memory*>(block.shared.data()));
                             });
   };
@@ -226,31 +230,31 @@ void run(const Case& c) {
   }
 }
 
-template <int kRowTiles, int kOutputTiles, int kWarps>
+template <int kRowTiles, int kOutputTiles, int kGroups, int kWarps>
 void run_many(int count) {
   for (int i = 0; i < count; ++i) {
     Case c = {draw(1, 8 * kRowTiles),
-              draw(1, 100),
+              draw(1, 100 * kGroups),
               8 * draw(1, 60),
-              draw(1, 4),
+              draw(0, 1) ? draw(1, 4) : draw(1, 8 * kRowTiles),
               draw(1, 4),
               draw(1, 4),
               draw(1, 3),
               draw(1, 3)};
-    run<kRowTiles, kOutputTiles, kWarps, true>(c);
-    run<kRowTiles, kOutputTiles, kWarps, false>(c);
+    run<kRowTiles, kOutputTiles, kGroups, kWarps, true>(c);
+    run<kRowTiles, kOutputTiles, kGroups, kWarps, false>(c);
   }
   // Every loop more than once: refilled registers, more pages than warps and than are staged, more than one split.
-  const int k = 32 * (2 * ahead(kRowTiles, kOutputTiles) * kWarps + 3) + 8;
-  const Case large = {8 * kRowTiles - 1, 33, k, 3, 2 * kWarps + 6, choose_splits(k), 2, 2};
-  run<kRowTiles, kOutputTiles, kWarps, true>(large);
+  const int k = 32 * (2 * ahead(kRowTiles, kOutputTiles, kWarps) * kWarps / kGroups + 3) + 8;
+  const Case large = {8 * kRowTiles - 1, 16 * kOutputTiles * kGroups + 1, k, 3, 2 * kWarps + 6, choose_splits(k), 2, 2};
+  run<kRowTiles, kOutputTiles, kGroups, kWarps, true>(large);
 }
 
 }  // namespace
 
 int main(int, char** arguments) {
   const int count = arguments[1] ? std::atoi(arguments[1]) : 6;
-#define RUN_MANY(rows, outputs, warps) run_many<rows, outputs, warps>(count);
+#define RUN_MANY(rows, outputs, groups, warps) run_many<rows, outputs, groups, warps>(count);
   DTS_FAST_DECODE_SHAPES(RUN_MANY)
   std::printf("no errors\n");
 }
