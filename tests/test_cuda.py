@@ -43,10 +43,10 @@ def test_every_instance_compiles_without_spills_and_leaves_room_for_enough_warps
     assert len(entries) == 2 * 2 * len(shapes)  # types, with and without a base
     for *shape, stack, registers in entries:
         assert stack == "0", f"{shape} spills"
-        rows, outputs, _groups, warps = map(int, shape)
+        rows, outputs, groups, warps = map(int, shape)
         # As csrc/cuda/decode.h has it; a quarter of a multiprocessor has 16384 registers, in blocks of 8 a thread.
         resident = 2 if warps < 8 and rows * outputs <= 4 else 1
-        warps_of_quarter = -((warps + 1) * resident // -4)
+        warps_of_quarter = -((warps + groups) * resident // -4)
         assert -(-int(registers) // 8) * 8 * 32 * warps_of_quarter <= 16384, shape
 
 
@@ -61,6 +61,6 @@ def test_kernels_compute_the_reference_on_an_emulated_gpu(tmp_path):
     program = tmp_path / "decode"
     command = ["c++", "-std=c++20", "-O2", "-Wno-attributes", f"-I{CSRC}", f"-I{ROOT / 'tests' / 'native'}"]
     subprocess.run([*command, "-o", str(program), str(ROOT / "tests" / "native" / "decode.cpp")], check=True)
-    done = subprocess.run([str(program), "8"], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(program), "5"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert done.stdout == "no errors\n"

@@ -87,14 +87,19 @@ constexpr int resident_blocks(int row_tiles, int output_tiles, int warps) {
   return warps < 8 && row_tiles * output_tiles <= 4 ? 2 : 1;
 }
 
+// Warps of a block beside those that stream weights: they know the batch, shrink, and fetch codes; in blocks of several
+// groups (many rows, so perhaps many adapters) one for each.
+constexpr int warps_beside(int groups) { return groups > 1 ? groups : 1; }
+
 // Parts of k that the shrink of a page is cut into. A function of k alone, so that h does not depend on the batch.
 constexpr int kSplit = 512;
 inline int choose_splits(int64_t k) { return static_cast<int>(k < 64 * kSplit ? (k + kSplit - 1) / kSplit : 64); }
 
 // The instances that are compiled: (row tiles, output tiles, groups, warps).
-#define DTS_FAST_DECODE_SHAPES(X)                                                                               \
-  X(1, 1, 1, 7) X(1, 1, 1, 15) X(2, 1, 1, 15) X(2, 2, 1, 7) X(2, 2, 1, 15) X(4, 2, 1, 7) X(4, 4, 1, 7) X(4, 2, 4, 4) \
-  X(8, 1, 1, 7) X(8, 2, 4, 4)
+#define DTS_FAST_DECODE_SHAPES(X)                                                                                    \
+  X(1, 1, 1, 7)                                                                                                      \
+  X(1, 1, 1, 15) X(2, 1, 1, 15) X(2, 2, 1, 7) X(2, 2, 1, 15) X(4, 2, 1, 7) X(4, 4, 1, 7) X(4, 2, 4, 4) X(8, 1, 1, 7) \
+      X(8, 2, 4, 4)
 
 // Launches on a stream of the current device; the error code of the launch, 0 for none (cudaError_t).
 int launch_decode(const DecodeProblem& problem, const DecodeShape& shape, bool bfloat16, CUstream_st* stream);

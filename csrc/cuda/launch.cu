@@ -13,8 +13,9 @@ cudaError_t launch(const DecodeProblem& p, cudaStream_t stream) {
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks_of({kRowTiles, kOutputTiles, kGroups, kWarps, 1}, p.n) * p.slices));
-  config.blockDim = dim3(32 * (kWarps + 1));
+  config.gridDim =
+      dim3(static_cast<unsigned>(blocks_of({kRowTiles, kOutputTiles, kGroups, kWarps, 1}, p.n) * p.slices));
+  config.blockDim = dim3(32 * (kWarps + warps_beside(kGroups)));
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = p.dependent ? 1 : 0;
@@ -27,10 +28,9 @@ cudaError_t launch(const DecodeProblem& p, cudaStream_t stream) {
 
 template <class T>
 int launch_typed(const DecodeProblem& p, const DecodeShape& shape, cudaStream_t stream) {
-#define DTS_FAST_LAUNCH(rows, outputs, number, count)                                     \
-  if (shape.row_tiles == rows && shape.output_tiles == outputs && shape.groups == number && \
-      shape.warps == count) {                                                               \
-    return launch<T, rows, outputs, number, count>(p, stream);                              \
+#define DTS_FAST_LAUNCH(rows, outputs, number, count)                                                               \
+  if (shape.row_tiles == rows && shape.output_tiles == outputs && shape.groups == number && shape.warps == count) { \
+    return launch<T, rows, outputs, number, count>(p, stream);                                                      \
   }
   DTS_FAST_DECODE_SHAPES(DTS_FAST_LAUNCH)
 #undef DTS_FAST_LAUNCH

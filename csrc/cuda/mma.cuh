@@ -92,6 +92,13 @@ __device__ __forceinline__ void wait_for(const uint32_t* p, uint32_t number) {
   asm volatile("fence.acq_rel.gpu;" : : : "memory");
 }
 
+// A value as if it were known only here: what is computed from it stays where it is used, and occupies no registers
+// before.
+__device__ __forceinline__ int here(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // A flag in shared memory that others may read at any time.
 __device__ __forceinline__ void set_flag(int* p) { atomicExch(p, 1); }
 __device__ __forceinline__ int read_flag(int* p) { return atomicOr(p, 0); }

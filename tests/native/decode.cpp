@@ -60,6 +60,7 @@ inline uint4 load_once(const void* p, uint64_t) { return __ldg(static_cast<const
 inline void wait_for(const uint32_t* p, uint32_t number) {
   while (*p < number) emulated::yield();
 }
+inline int here(int v) { return v; }
 inline void set_flag(int* p) { *p = 1; }
 inline int read_flag(int* p) { return *p; }
 inline uint32_t fetch_add(uint32_t* p) {
@@ -156,7 +157,7 @@ void run(const Case& c) {
   p.partial = partial.data(), p.h = aligned(h), p.counters = counters.data();
   using Memory = Shared<kRowTiles, kOutputTiles, kGroups, kWarps>;
   const auto launch = [&] {
-    return emulated::launch(blocks, 32 * (kWarps + 1), c.resident, generator(), sizeof(Memory),
+    return emulated::launch(blocks, 32 * (kWarps + warps_beside(kGroups)), c.resident, generator(), sizeof(Memory),
                             [&](emulated::Block& block) {
                               decode_block<Bf16, kRowTiles, kOutputTiles, kGroups, kWarps, kBase>(
                                   p, *reinterpret_cast<Memory*>(block.shared.data()));

@@ -1,0 +1,150 @@
+// What a block knows about its batch and keeps in shared memory: the distinct slots, their pages, its part of U.
+#pragma once
+
+#include <type_traits>
+
+#include "decode.h"
+#include "fragment.cuh"
+#if defined(__CUDACC__)
+#include "mma.cuh"
+#endif
+
+namespace dts_fast::cuda {
+
+// Sets of rows, as bits; a lane of a warp speaks for one row, or for two, 32 apart.
+template <int kRowTiles>
+struct Rows {
+  static constexpr int kHalves = kRowTiles > 4 ? 2 : 1;
+  using Set = std::conditional_t<kHalves == 2, uint64_t, uint32_t>;
+
+  static __device__ __forceinline__ bool has(Set set, int row) { return set >> row & 1; }
+  // Whether any of the 8 rows of a tile is in it.
+  static __device__ __forceinline__ bool meets(Set set, int tile) { return (set >> (8 * tile) & 0xff) != 0; }
+  static __device__ __forceinline__ int first(Set set) {
+    if constexpr (kHalves == 2) {
+      return __ffsll(static_cast<long long>(set)) - 1;
+    } else {
+      return __ffs(static_cast<int>(set)) - 1;
+    }
+  }
+  // The rows of which `predicate`, asked by the lane that speaks for a half's, is true.
+  template <class Predicate>
+  static __device__ __forceinline__ Set where(Predicate&& predicate) {
+    Set set = __ballot_sync(0xffffffff, predicate(0));
+    if constexpr (kHalves == 2) set |= static_cast<Set>(__ballot_sync(0xffffffff, predicate(1))) << 32;
+    return set;
+  }
+};
+
+// A block's shared memory.
+template <int kRowTiles, int kOutputTiles, int kGroups, int kWarps>
+struct Shared {
+  using R = Rows<kRowTiles>;
+  static constexpr int kOutputs = 16 * kOutputTiles * kGroups;
+  static constexpr int kBeside = warps_beside(kGroups);
+  static constexpr int kStaged = kGroups > 1 ? 16 : 32;  // pages whose part of U is fetched before h is there
+  static constexpr int kNumbered = 1024;                 // pages whose numbers are known without another trip to memory
+  // Parts of the block's sums: each warp's of a group, or each group's of warps; where the warps beside them are as
+  // many as groups, theirs (of the expand), too. As many are here at a time as a block may have: all, or half of them.
+  static constexpr int kAll = kWarps / kGroups + (kGroups > 1);
+  static constexpr bool kLarge = kAll * 8 * kRowTiles * (kOutputs + 4) > 10000;
+  static constexpr int kParts = kLarge ? (kAll + 1) / 2 : kAll;
+  alignas(16) float parts[kParts][8 * kRowTiles][kOutputs + 4];
+  uint32_t words[kStaged][kOutputs];
+  Table tables[kStaged];
+  int page[kNumbered];
+  // By row; where a row is the first with its slot: its pages are number `begin` .. `begin + count` of the batch's.
+  int slot[32 * R::kHalves], begin[32 * R::kHalves], count[32 * R::kHalves];
+  typename R::Set same[32 * R::kHalves];  // rows with its slot
+  int pages;                              // of all distinct slots
+  int exhausted;                          // whether all claims have been taken
+  int last;                               // whether this block is the last slice of its outputs to end
+
+  __device__ __forceinline__ bool holds(int row, int number) const {
+    return number >= begin[row] && number < begin[row] + count[row];
+  }
+  // Where page number `number` of the batch lies, which is number `place` of the slot of `row`.
+  __device__ __forceinline__ const uint32_t* page_at(const DecodeProblem& p, int number, int row, int place) const {
+    const int index = number < kNumbered
+                          ? page[number]
+                          : __ldg(p.slot_pages + static_cast<int64_t>(slot[row]) * p.list_length + place);
+    return p.pages + index * p.page_words;
+  }
+};
+
+// Four levels over the largest, which goes into h: float16 holds them whatever their size. Returns that largest. What
+// is no finite number goes into h alone, which only the rows of its slot have; in the table it would reach all of them.
+template <class T>
+__device__ __forceinline__ float load_table(const uint32_t* page, int levels, Table& table) {
+  constexpr float kSmallest = 1.17549435e-38f;  // below, the reciprocal is no finite number
+  const float4 v = __ldg(reinterpret_cast<const float4*>(page + levels));
+  const float all = fabsf(v.x) + fabsf(v.y) + fabsf(v.z) + fabsf(v.w);
+  const bool finite = all <= 3.0e38f;
+  const float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+  const bool usable = finite && largest >= kSmallest;
+  const float inverse = usable ? 1.0f / largest : 0.0f;
+  const float x = finite ? v.x : 0.0f, y = finite ? v.y : 0.0f, z = finite ? v.z : 0.0f, w = finite ? v.w : 0.0f;
+  table = {pack<T>(x * inverse, y * inverse), pack<T>(z * inverse, w * inverse)};
+  return usable ? largest : finite ? 0.0f : all;
+}
+
+// What the batch consists of: the first row of each distinct slot, and its pages. By one warp, the same in all blocks.
+template <int kRowTiles, class S>
+__device__ __forceinline__ void know_batch(const DecodeProblem& p, S& shared) {
+  using R = Rows<kRowTiles>;
+  constexpr int kAtOnce = 8;
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int half = 0; half < R::kHalves; ++half) {
+    const int row = lane + 32 * half;
+    shared.slot[row] = row < p.m ? load_result(p.slot_ids + row) : -1;
+  }
+  __syncwarp();
+  int before = 0;  // pages of the rows of the half before
+#pragma unroll
+  for (int half = 0; half < R::kHalves; ++half) {
+    const int row = lane + 32 * half, slot = shared.slot[row];
+    typename R::Set same = 0;
+    if constexpr (R::kHalves == 1) {
+      same = __match_any_sync(0xffffffff, slot);
+    } else {
+      for (int i = 0; i < 32 * R::kHalves; ++i) same |= static_cast<typename R::Set>(shared.slot[i] == slot) << i;
+    }
+    int count = 0;
+    if (slot >= 0 && R::first(same) == row) {
+      const int32_t* const list = p.slot_pages + static_cast<int64_t>(slot) * p.list_length;
+      bool more = true;
+      for (int l = 0; more && l < p.list_length; l += kAtOnce) {
+        int index[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) index[i] = l + i < p.list_length ? __ldg(list + l + i) : -1;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          more = more && index[i] >= 0;
+          count += more;
+        }
+      }
+    }
+    int end = count;  // of this row's pages, the others' before them
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int others = __shfl_sync(0xffffffff, end, max(lane - distance, 0));
+      if (lane >= distance) end += others;
+    }
+    end += before;
+    shared.same[row] = same;
+    shared.begin[row] = end - count;
+    shared.count[row] = count;
+    before = __shfl_sync(0xffffffff, end, 31);
+    const int32_t* const list = p.slot_pages + static_cast<int64_t>(slot) * p.list_length;
+#pragma unroll 4
+    for (int i = 0; i < min(count, S::kNumbered - (end - count)); ++i) shared.page[end - count + i] = __ldg(list + i);
+  }
+  if (lane == 31) {
+    shared.pages = before;
+    shared.exhausted = 0;
+  }
+  __syncwarp();
+}
+
+}  // namespace dts_fast::cuda

@@ -1,0 +1,164 @@
+// y^T += U h^T, on the accumulators of the base.
+#pragma once
+
+#include "batch.cuh"
+
+namespace dts_fast::cuda {
+
+// The block's words of U, and its tables, for the first of the batch's pages: from memory before h is there. Those of
+// the others come nearer.
+template <class T, int kRowTiles, class S>
+__device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, S& shared) {
+  constexpr int kAtOnce = 4, kOutputs = S::kOutputs, kWords = (kOutputs + 31) / 32;
+  const int lane = threadIdx.x & 31;
+  const int staged = min(shared.pages, S::kStaged);
+  for (int q = 0; q < staged; q += kAtOnce) {
+    uint32_t words[kAtOnce][kWords];
+    Table tables[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const uint32_t* const page = p.pages + shared.page[min(q + i, staged - 1)] * p.page_words;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const int output = 32 * w + lane;
+        words[i][w] = output < kOutputs && first + output < p.n ? __ldg(page + p.u_tiles + first + output) : 0;
+      }
+      load_table<T>(page, kULevels, tables[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (q + i >= staged) continue;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        if (32 * w + lane < kOutputs) shared.words[q + i][32 * w + lane] = words[i][w];
+      }
+      if (lane == 0) shared.tables[q + i] = tables[i];
+    }
+  }
+  for (int number = staged + lane; number < min(shared.pages, S::kNumbered); number += 32) {
+    const uint32_t* const page = p.pages + shared.page[number] * p.page_words;
+    prefetch(page + kULevels);
+    for (int output = first; output < min(first + kOutputs, p.n); output += 32) prefetch(page + p.u_tiles + output);
+  }
+}
+
+// Which pages of the batch a warp adds: those of every distinct slot once, dealt out to the warps of all slices by slot
+// and place, so that a row's sums are added in the same order whatever the other rows use.
+template <int kRowTiles, class S>
+struct PagesOfWarp {
+  using R = Rows<kRowTiles>;
+  const S& shared;
+  typename R::Set left;  // rows that are the first with their slots, and not done
+  int part, parts;
+  int row = 0, at = 0, count = 0;  // the next page is number `at` of the slot of row `row`
+
+  __device__ __forceinline__ PagesOfWarp(const S& all, int lane, int own, int of)
+      : shared(all), left(R::where([&](int half) { return all.count[lane + 32 * half] > 0; })), part(own), parts(of) {
+    begin();
+  }
+  __device__ __forceinline__ bool done() const { return !left; }
+  __device__ __forceinline__ void advance() {
+    at += parts;
+    if (at < count) return;
+    left &= left - 1;
+    begin();
+  }
+
+ private:
+  __device__ __forceinline__ void begin() {
+    for (; left; left &= left - 1) {
+      row = R::first(left);
+      count = shared.count[row];
+      at = (part + parts - shared.slot[row] % parts) % parts;
+      if (at < count) return;
+    }
+  }
+};
+
+// Some pages' parts of the expand on their way to one warp: h, the codes of its outputs, tables.
+template <int kRowTiles, int kOutputTiles, int kPages>
+struct Expansion {
+  uint2 h[kPages][kRowTiles];
+  uint32_t words[kPages][kOutputTiles][2];
+  Table tables[kPages];
+  typename Rows<kRowTiles>::Set users[kPages];
+};
+
+// Fetches what the warp adds next; zeros where nothing is left.
+template <class T, int kRowTiles, int kOutputTiles, int kPages, class S>
+__device__ __forceinline__ void fetch_expansion(const DecodeProblem& p, int first, int offset, const S& shared,
+                                                PagesOfWarp<kRowTiles, S>& next,
+                                                Expansion<kRowTiles, kOutputTiles, kPages>& to) {
+  using R = Rows<kRowTiles>;
+  const int lane = here(threadIdx.x & 31), t = place(lane), g = quad(lane);
+  const int64_t width = static_cast<int64_t>(kRanks) * here(p.list_length);
+  to = {};
+#pragma unroll
+  for (int i = 0; i < kPages; ++i) {
+    if (next.done()) continue;
+    const typename R::Set same = to.users[i] = shared.same[next.row];
+#pragma unroll
+    for (int j = 0; j < kRowTiles; ++j) {
+      if (R::has(same, 8 * j + g)) {
+        const T* const h = static_cast<const T*>(p.h) + (8 * j + g) * width + next.at * kRanks + 4 * t;
+        to.h[i][j] = __ldcg(reinterpret_cast<const uint2*>(h));  // written in this launch: not from this level's cache
+      }
+    }
+    const int number = shared.begin[next.row] + next.at;
+    const bool staged = number < S::kStaged;
+    const uint32_t* page = nullptr;
+    if (staged) {
+      to.tables[i] = shared.tables[number];
+    } else {
+      page = shared.page_at(p, number, next.row, next.at);
+      load_table<T>(page, kULevels, to.tables[i]);
+    }
+#pragma unroll
+    for (int o = 0; o < kOutputTiles; ++o) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int output = offset + 16 * o + 8 * half + g;
+        to.words[i][o][half] = staged                 ? shared.words[number][output]
+                               : first + output < p.n ? __ldg(page + p.u_tiles + first + output)
+                                                      : 0;
+      }
+    }
+    next.advance();
+  }
+}
+
+// Adds h U^T for the warp's outputs, `offset` of the block's: some pages while the next ones are on their way.
+template <class T, int kRowTiles, int kOutputTiles, class S>
+__device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, int offset, int part, int parts,
+                                            const S& shared, float (&sums)[kOutputTiles][kRowTiles][4]) {
+  using R = Rows<kRowTiles>;
+  constexpr int kAtOnce = kRowTiles >= 4 ? 1 : 2;
+  const int lane = here(threadIdx.x & 31), t = place(lane);
+  PagesOfWarp<kRowTiles, S> next(shared, lane, part, parts);
+  if (next.done()) return;
+  Expansion<kRowTiles, kOutputTiles, kAtOnce> all[2];
+  fetch_expansion<T>(p, first, offset, shared, next, all[0]);
+  for (bool more = true; more;) {
+#pragma unroll
+    for (int now = 0; now < 2; ++now) {
+      more = !next.done();
+      fetch_expansion<T>(p, first, offset, shared, next, all[1 - now]);
+      const auto& have = all[now];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int o = 0; o < kOutputTiles; ++o) {
+          const Pairs top = decode(have.tables[i], expand_codes(have.words[i][o][0], t));
+          const Pairs bottom = decode(have.tables[i], expand_codes(have.words[i][o][1], t));
+#pragma unroll
+          for (int j = 0; j < kRowTiles; ++j) {
+            if (kRowTiles >= 4 && !R::meets(have.users[i], j)) continue;
+            mma<T>(sums[o][j], top.first, bottom.first, top.second, bottom.second, have.h[i][j].x, have.h[i][j].y);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace dts_fast::cuda

@@ -1,0 +1,162 @@
+// h^T = V^T x^T, cut into claims that warps of all blocks take: a page, a part of k.
+#pragma once
+
+#include "batch.cuh"
+
+namespace dts_fast::cuda {
+
+__device__ __forceinline__ void add(float4& sum, const float4& part) {
+  sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+}
+
+// x V of one page for some of 8 kTiles rows, the first of them at `x`, over the chunks [begin, end) of k, by one warp:
+// sums [16 ranks, 8 rows].
+template <class T, int kTiles>
+__device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32_t* page, const Table& table,
+                                            const T* x, uint32_t rows, int begin, int end, float (&sums)[kTiles][4]) {
+  // Codes come from memory, as many at once as registers hold, for one tile of rows a whole split's. x comes from a
+  // cache, where there is much of it while others are multiplied.
+  constexpr int kCodes = kSplit / kChunk / kTiles, kInputs = 4 / kTiles;
+  constexpr int kStages = kCodes / kInputs, kBuffers = kTiles < 4 ? 1 : 2;
+  const int lane = here(threadIdx.x & 31), t = place(lane), g = quad(lane);
+  const int tiles = (here(p.k) + kTileWords - 1) / kTileWords;
+  bool mine[kTiles];
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) mine[j] = rows >> (8 * j + g) & 1;
+  uint4 xs[kBuffers][kInputs][kTiles];
+  const auto load_inputs = [&](int first, int stage) {
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) {
+      const int chunk = first + stage * kInputs + i, k = chunk * kChunk + 8 * t;
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        xs[stage % kBuffers][i][j] = chunk < end && k < p.k && mine[j]
+                                         ? load_result(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k))
+                                         : uint4{};
+      }
+    }
+  };
+  for (int first = begin; first < end; first += kCodes) {
+    uint32_t words[kCodes][2] = {};
+#pragma unroll
+    for (int i = 0; i < kCodes; ++i) {
+      if (first + i < end && 2 * (first + i) + (t >> 1) < tiles) {
+        words[i][0] = __ldg(page + shrink_word(first + i, t, g));
+        words[i][1] = __ldg(page + shrink_word(first + i, t, g + 8));
+      }
+    }
+    if (kBuffers > 1) load_inputs(first, 0);
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) {
+      if (stage + kBuffers - 1 < kStages) load_inputs(first, stage + kBuffers - 1);
+#pragma unroll
+      for (int i = 0; i < kInputs; ++i) {
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          const Pairs top = decode(table, shrink_codes(words[stage * kInputs + i][0], t, step));
+          const Pairs bottom = decode(table, shrink_codes(words[stage * kInputs + i][1], t, step));
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) {
+            const uint4 in = xs[stage % kBuffers][i][j];
+            mma<T>(sums[j], top.first, bottom.first, top.second, bottom.second, step ? in.z : in.x, step ? in.w : in.y);
+          }
+        }
+      }
+    }
+  }
+}
+
+// One split of page number `number` of the batch, which is of the slot of row `first`, by one warp.
+template <class T, int kRowTiles, class S>
+__device__ __forceinline__ void shrink_split(const DecodeProblem& p, const S& shared, int number, int first,
+                                             int split) {
+  using R = Rows<kRowTiles>;
+  const typename R::Set same = shared.same[first];
+  const int place_in_list = number - shared.begin[first];
+  const int lane = here(threadIdx.x & 31), t = place(lane), g = quad(lane);
+  const uint32_t* const page = shared.page_at(p, number, first, place_in_list);
+  const int64_t entry = static_cast<int64_t>(shared.slot[first]) * p.list_length + place_in_list;
+  const float* const s = reinterpret_cast<const float*>(page + kScales);
+  const float weight = __ldg(p.slot_weights + entry), s0 = __ldg(s + g), s1 = __ldg(s + g + 8);
+  Table v, u;
+  const float scale = weight * load_table<T>(page, kULevels, u) * load_table<T>(page, kVLevels, v);
+  const int chunks = (here(p.k) + kChunk - 1) / kChunk, span = (chunks + p.splits - 1) / p.splits;
+  const int64_t width = static_cast<int64_t>(kRanks) * here(p.list_length);
+  const float scales[2] = {scale * s0, scale * s1};
+  T* const h = static_cast<T*>(p.h);
+  constexpr int kTiles = kRowTiles < 4 ? kRowTiles : 4;
+  const auto shrink_rows = [&](uint32_t rows, int before) {
+    float sums[kTiles][4] = {};
+    shrink_page<T, kTiles>(p, page, v, static_cast<const T*>(p.x) + before * p.x_stride, rows, split * span,
+                           min((split + 1) * span, chunks), sums);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 8 * j + 2 * t + (i & 1), rank = g + 8 * (i >> 1);
+        if (!(rows >> row & 1)) continue;
+        const int64_t column = place_in_list * kRanks + rank, at = (before + row) * width + column;
+        const float value = sums[j][i] * scales[i >> 1];
+        if (p.splits == 1) {
+          h[at] = from_float<T>(value);
+        } else {
+          __stcg(p.partial + static_cast<int64_t>(split) * p.m * width + at, value);
+        }
+      }
+    }
+  };
+  if constexpr (R::kHalves == 1) {
+    shrink_rows(same, 0);
+  } else {
+#pragma unroll 1
+    for (int half = 0; half < R::kHalves; ++half) {
+      const uint32_t rows = static_cast<uint32_t>(same >> (32 * half));
+      if (rows) shrink_rows(rows, 32 * half);
+    }
+  }
+  if (p.splits == 1) return;
+  // Whoever comes last adds up all splits, in their order. What the warp has stored is released with lane 0's count,
+  // and what others have is acquired with it.
+  __syncwarp();
+  uint32_t arrived = 0;
+  if (lane == 0)
+    arrived = fetch_increment(p.counters + kArrivals + first * p.list_length + place_in_list, p.splits - 1);
+  if (__shfl_sync(0xffffffff, arrived, 0) != static_cast<uint32_t>(p.splits - 1)) return;
+  __syncwarp();
+  // Four columns a lane, eight rows at a time: few trips to memory, as all blocks may be waiting for this.
+  const int splits = here(p.splits);
+  for (int row = lane >> 2; row < p.m; row += 8) {
+    if (!R::has(same, row)) continue;
+    const int64_t at = row * width + place_in_list * kRanks + 4 * (lane & 3);
+    float4 sum = {};
+#pragma unroll 4
+    for (int i = 0; i < splits; ++i) {
+      const float4 part =
+          __ldcg(reinterpret_cast<const float4*>(p.partial + static_cast<int64_t>(i) * p.m * width + at));
+      add(sum, part);
+    }
+    *reinterpret_cast<uint2*>(h + at) = {pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w)};
+  }
+}
+
+// Shrinks what no one else has claimed, by one warp, until nothing is left.
+template <class T, int kRowTiles, class S>
+__device__ __forceinline__ void shrink_claims(const DecodeProblem& p, int blocks, S& shared) {
+  using R = Rows<kRowTiles>;
+  const int lane = threadIdx.x & 31;
+  while (true) {
+    const uint32_t claims = shared.pages * here(p.splits);
+    uint32_t claim = 0;
+    if (lane == 0) claim = fetch_add(p.counters + kClaimed);
+    claim = __shfl_sync(0xffffffff, claim, 0);
+    if (claim >= claims) break;
+    // Neighbours are the splits of one page, which so end at about the same time.
+    const int number = static_cast<int>(claim) / p.splits, split = static_cast<int>(claim) % p.splits;
+    const int first = R::first(R::where([&](int half) { return shared.holds(lane + 32 * half, number); }));
+    shrink_split<T, kRowTiles>(p, shared, number, first, split);
+    __syncwarp();
+    if (lane == 0) increment_release(p.counters + kDone, claims + blocks - 1);
+  }
+}
+
+}  // namespace dts_fast::cuda
