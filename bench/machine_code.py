@@ -22,7 +22,9 @@ from dts_fast.hardware import header
 from dts_fast.triton.aot import CAPABILITIES, compile_all, disassemble
 
 ROOT = Path(__file__).resolve().parent.parent
-_ENTRY = re.compile(r"decode_kernelI(?P<type>\w+?)Li(?P<rows>\d+)ELi(?P<outputs>\d+)ELi(?P<groups>\d+)ELi(?P<warps>\d+)ELb(?P<base>[01])")
+_ENTRY = re.compile(
+    r"decode_kernelI(?P<type>\w+?)Li(?P<rows>\d+)ELi(?P<outputs>\d+)ELi(?P<groups>\d+)ELi(?P<warps>\d+)ELb(?P<base>[01])"
+)
 
 
 def cuda(capability: int) -> Iterator[dict[str, object]]:

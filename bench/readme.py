@@ -302,7 +302,8 @@ def machine_code() -> str:
             continue
         if row["kernel"] == "decode_kernel":
             tiles, outputs, groups, warps = row["shape"]
-            block = f"{8 * tiles} rows, {16 * outputs * groups} outputs, {warps} + 1 warps{'' if row['base'] else ', no base'}"
+            block = f"{8 * tiles} rows, {16 * outputs * groups} outputs, {warps} + {groups} warps"
+            block += "" if row["base"] else ", no base"
         else:
             c = row["config"]
             block = f"{c['block_m']} x {c['block_n']} x {c['block_k']}, {c['pages']} pages, {c['warps']} warps"

@@ -35,7 +35,8 @@ def test_every_instance_compiles_without_spills_and_leaves_room_for_enough_warps
     assert compilers[target].returncode == 0, out
     assert "warning" not in out
     entries = re.findall(
-        r"Compiling entry function '\w+?Li(\d)ELi(\d)ELi(\d)ELi(\d+)E\w+'.*?(\d+) bytes stack frame.*?Used (\d+) registers",
+        r"Compiling entry function '\w+?Li(\d)ELi(\d)ELi(\d)ELi(\d+)E\w+'.*?"
+        r"(\d+) bytes stack frame.*?Used (\d+) registers",
         out,
         re.DOTALL,
     )
