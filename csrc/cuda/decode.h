@@ -96,10 +96,10 @@ constexpr int kSplit = 512;
 inline int choose_splits(int64_t k) { return static_cast<int>(k < 64 * kSplit ? (k + kSplit - 1) / kSplit : 64); }
 
 // The instances that are compiled: (row tiles, output tiles, groups, warps).
-#define DTS_FAST_DECODE_SHAPES(X)                                                                                    \
-  X(1, 1, 1, 7)                                                                                                      \
-  X(1, 1, 1, 15) X(2, 1, 1, 15) X(2, 2, 1, 7) X(2, 2, 1, 15) X(4, 2, 1, 7) X(4, 4, 1, 7) X(4, 2, 4, 4) X(8, 1, 1, 7) \
-      X(8, 2, 4, 4)
+#define DTS_FAST_DECODE_SHAPES(X) \
+  X(1, 1, 1, 7)                   \
+  X(1, 1, 1, 15)                  \
+  X(2, 1, 1, 15) X(2, 2, 1, 7) X(2, 2, 1, 15) X(4, 2, 1, 7) X(4, 4, 1, 7) X(4, 2, 4, 4) X(8, 1, 1, 7) X(8, 2, 4, 4)
 
 // Launches on a stream of the current device; the error code of the launch, 0 for none (cudaError_t).
 int launch_decode(const DecodeProblem& problem, const DecodeShape& shape, bool bfloat16, CUstream_st* stream);
