@@ -39,7 +39,7 @@ step test 240 env OMP_NUM_THREADS=1 "$python" -m pytest -q --maxfail=30 $workers
   tests/test_gpu_model.py tests/test_ops.py tests/test_triton.py tests/test_nn*.py \
   -k "not test_every_configuration_compiles"
 step shapes 120 "$python" bench/tune_cuda.py --minutes 1.5 --out "$out/decode_shapes.jsonl"
-step tune 180 "$python" bench/tune_triton.py --minutes 2 --rows 64 1 16 --out "$out"
+step tune 180 "$python" bench/tune_triton.py --minutes 2 --rows 2048 64 1 16 --out "$out"
 if compgen -G "$out/sm_*.json" >/dev/null; then
   mkdir -p dts_fast/triton/tables
   cp "$out"/sm_*.json dts_fast/triton/tables/

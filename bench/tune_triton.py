@@ -1,6 +1,6 @@
 """Block sizes of the Triton kernels for the GPU that is here, found by measuring; what users then need not tune.
 
-    python bench/tune_triton.py [--model Llama-3.1-8B] [--rows 1 16 32 64] [--minutes 8] [--user]
+    python bench/tune_triton.py [--model Llama-3.1-8B] [--rows 1 16 32 64 2048] [--minutes 8] [--user]
 
 From the rules' configuration (dts_fast/triton/configs.py) one setting after another is changed, and what is faster is
 kept. Writes dts_fast/triton/tables/sm_<capability>.json after each point, or the user's own table with --user; goes on
@@ -29,12 +29,24 @@ from dts_fast.codes import PageLayout, to_pages
 from dts_fast.hardware import header
 from dts_fast.timing import last_level_cache, time_in_turns
 from dts_fast.triton import linear
-from dts_fast.triton.configs import TABLES, Config, default, key, shared_memory, user_tables, write_table
+from dts_fast.triton.configs import (
+    COPY_ENGINE,
+    PREFILL_ROWS,
+    TABLES,
+    Config,
+    default,
+    key,
+    prefill,
+    shared_memory,
+    user_tables,
+    write_table,
+)
 
 # In this order: what moves most comes first.
 CHOICES = {
-    "block_n": (16, 32, 64, 128),
+    "block_n": (16, 32, 64, 128, 256),
     "block_k": (64, 128, 256),
+    "neighbours": (1, 4, 8, 16),
     "stages": (3, 4, 5, 6, 8),
     "together": (0, 16, 32, 64),
     "splits": (1, 2, 4, 8, 16, 32),
@@ -44,6 +56,9 @@ CHOICES = {
     "shrink_pages": (1, 2, 4, 8),
     "shrink_warps": (1, 2, 4, 8),
 }
+
+
+FUSED_ONLY = dict.fromkeys(("block_k", "stages", "together", "neighbours"), True)
 
 
 class Point:
@@ -89,7 +104,11 @@ def compile_one(arguments: tuple[int, int, int, torch.dtype, Config]) -> str | N
 
 
 def neighbours(best: Config, name: str, dtype: torch.dtype, capability: int) -> Iterator[Config]:
-    for value in CHOICES[name]:
+    many = best.block_m >= PREFILL_ROWS
+    unused = {"together": many, "neighbours": not many} if best.fused else FUSED_ONLY
+    for value in CHOICES[name] if not unused.get(name) else ():
+        if name == "block_n" and value > 128 and not many:
+            continue
         config = replace(best, **{name: value})
         stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
         if value != getattr(best, name) and stage * config.stages <= shared_memory(capability):
@@ -124,7 +143,7 @@ def tune(point: Point, start: Config, capability: int, pool: ProcessPoolExecutor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="Llama-3.1-8B")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 64])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 32, 64, 2048])
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--user", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -144,10 +163,12 @@ def main() -> None:
                 if name in found or time.monotonic() > until:
                     continue
                 length = -(-rank_for_share(n, k, 0.01) // 16)
-                start = default(m, n, k, torch.bfloat16, length, capability, True)
-                if not start.fused:
-                    continue
-                best, ratio = tune(Point(n, k, m, torch.bfloat16), start, capability, pool, until)
+                starts = [default(m, n, k, torch.bfloat16, length, capability, True)]
+                if m > 64:  # torch's product of the base, and one kernel of both
+                    starts += [prefill(m, k, torch.bfloat16, length, capability)] * (capability >= COPY_ENGINE)
+                point = Point(n, k, m, torch.bfloat16)
+                tuned = [tune(point, start, capability, pool, until) for start in starts]
+                best, ratio = min(tuned, key=lambda t: t[1])
                 if ratio == float("inf"):
                     print(f"{name}: nothing works", flush=True)
                     continue

@@ -93,6 +93,23 @@ def test_more_blocks_than_the_device_holds_at_once(m):
                 close(y, truth)
 
 
+@pytest.mark.skipif(gpu.why_not_triton() is not None, reason=f"no Triton kernels: {gpu.why_not_triton()}")
+@pytest.mark.parametrize("m", [3, 300, 2048])
+def test_base_and_delta_of_many_rows_in_one_kernel(m):
+    from dts_fast.triton import linear
+    from dts_fast.triton.configs import prefill
+
+    layer, dense = layer_of(1032, 1096, torch.bfloat16)
+    x = torch.randn(m, 1096, device="cuda").bfloat16()
+    slots = [(i // 50 % 4) - 1 for i in range(m)]
+    weight, bank = layer.base_layer.weight, layer.bank.tensors
+    ids = torch.tensor(slots, dtype=torch.int32, device="cuda")
+    major, minor = torch.cuda.get_device_capability()
+    config = prefill(m, 1096, x.dtype, bank[1].shape[1], 10 * major + minor)
+    with torch.no_grad():
+        close(linear(x, weight, None, *bank, ids, config=config), expected(x, dense, slots))
+
+
 def test_graphs_are_replayed_beside_each_other():
     layer, dense = layer_of(4096, 1024, torch.bfloat16)
     x = torch.randn(8, 1024, device="cuda").bfloat16()

@@ -17,9 +17,9 @@ from test_ops import DEVICE, delta_magnitude, make_bank, on_device, within_round
 
 from dts_fast import reference
 from dts_fast.codes import PageLayout
-from dts_fast.triton import add_delta_, linear
+from dts_fast.triton import add_delta_, launch, linear
 from dts_fast.triton import configs as triton_configs
-from dts_fast.triton.configs import Config, choose, default, key, write_table
+from dts_fast.triton.configs import COPY_ENGINE, Config, choose, default, key, write_table
 
 CAPABILITIES = (80, 89, 90, 100)
 
@@ -53,6 +53,24 @@ def test_any_block_sizes_compute_the_same(config, m):
     start = y.double()
     on_device(DEVICE, add_delta_)(y, x, *bank.tensors, slot_ids, config=config)
     within_rounding(y, expected, start, delta_magnitude(PageLayout(n, k), bank, x, slot_ids))
+
+
+@pytest.mark.parametrize("m", [3, 300])
+@pytest.mark.parametrize("k", [72, 70])
+def test_base_and_delta_of_many_rows_in_one_kernel(monkeypatch, m, k):
+    """Tiles of rows that follow one another, the last ones fewer; with rows of 70 float32 nothing can be copied."""
+    n, launched = 70, []
+    monkeypatch.setattr(launch, "_tiles", lambda *a, real=launch._tiles: launched.append(a) or real(*a))
+    bank, _ = make_bank(n, k, [20, 65, 0, 7])
+    x, weight, bias = torch.randn(m, k + 4)[:, :k], torch.randn(n, k) / k**0.5, torch.randn(n)
+    slot_ids = torch.randint(-1, 6, (m,), dtype=torch.int32)
+    truth = reference.linear(x.double(), weight.double(), bias.double(), *bank.tensors, slot_ids)
+    base = torch.nn.functional.linear(x, weight, bias).double()
+    magnitude = x.double().abs() @ weight.double().abs().t() + delta_magnitude(PageLayout(n, k), bank, x, slot_ids)
+    config = Config(True, 128, 32, 32, 2, 2, shrink_block_k=32, shrink_pages=4, neighbours=2)
+    y = on_device(DEVICE, linear)(x, weight, bias, *bank.tensors, slot_ids, config=config)
+    within_rounding(y, truth, base, magnitude)
+    assert len(launched) == (2 if k == 72 else 0)
 
 
 def test_scratch_that_was_not_written_is_never_read():
@@ -116,5 +134,5 @@ def test_every_configuration_compiles_without_spills_and_with_the_instructions_m
     assert compilers[capability].returncode == 0, errors
     rows = [json.loads(line) for line in out.splitlines()]
     kernels = {"shrink_kernel", "linear_kernel", "together_kernel", "expand_kernel"}
-    assert {row["kernel"] for row in rows} == kernels
+    assert {row["kernel"] for row in rows} == kernels | ({"prefill_kernel"} if capability >= COPY_ENGINE else set())
     assert [f"{row['kernel']} {row['dtype']} {row['config']}: {row['faults']}" for row in rows if row["faults"]] == []

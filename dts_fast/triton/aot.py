@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .configs import Config, default, shared_memory, tables
-from .kernels import expand_kernel, linear_kernel, shrink_kernel, together_kernel
+from .configs import COPY_ENGINE, PREFILL_ROWS, Config, default, prefill, shared_memory, tables
+from .kernels import expand_kernel, linear_kernel, prefill_kernel, shrink_kernel, together_kernel
 from .launch import PDL_CAPABILITY
 
 CAPABILITIES = (80, 89, 90, 100)
@@ -73,6 +73,8 @@ def configs(capability: int) -> Iterator[tuple[torch.dtype, bool, Config]]:
                         seen.add((dtype, dense, config))
                         if config.fused and dtype == torch.bfloat16:
                             seen.add((dtype, True, replace(config, together=_SHRINKERS)))
+    for dtype in (torch.bfloat16, torch.float16) if capability >= COPY_ENGINE else ():
+        seen.add((dtype, True, prefill(2048, 4096, dtype, 10, capability)))
     yield from sorted(seen, key=repr)
 
 
@@ -80,7 +82,8 @@ def compile_all(capability: int) -> Iterator[Compiled]:
     """Every kernel of every configuration."""
     done = set()
     for dtype, dense, config in configs(capability):
-        linear = [(shrink_kernel, False), (linear_kernel, False)]
+        fused = prefill_kernel if config.block_m >= PREFILL_ROWS else linear_kernel
+        linear = [(shrink_kernel, False), (fused, False)]
         add_delta = [(shrink_kernel, False), (expand_kernel, False), (expand_kernel, True)]
         for kernel, transpose in [(together_kernel, False)] if config.together else linear if dense else add_delta:
             constants, options = _settings(kernel, config, dtype, capability, transpose)
@@ -99,7 +102,7 @@ def faults(row: Compiled) -> list[str]:
         found.append(f"{row.shared} bytes of shared memory")
     if row.dtype != "fp32" and not row.mma:
         found.append("no matrix instructions")
-    if row.kernel in ("linear_kernel", "together_kernel") and not row.copies:
+    if row.kernel in ("linear_kernel", "together_kernel", "prefill_kernel") and not row.copies:
         found.append("weights are not copied ahead")
     if row.waits != (row.capability >= PDL_CAPABILITY and row.kernel != "together_kernel"):
         found.append("dependent launch is not what the architecture has")
@@ -112,7 +115,7 @@ def _settings(kernel, config: Config, dtype: torch.dtype, capability: int, trans
         "TRANSPOSE": transpose, "WIDE": dtype == torch.float32, "PDL": capability >= PDL_CAPABILITY, "HAS_BIAS": True,
         "EVEN_K": True, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "PAGES": config.pages, "SPLITS": config.splits, "SHRINK_BLOCK_K": config.shrink_block_k,
-        "SHRINK_PAGES": config.shrink_pages, "SHRINKERS": config.together,
+        "SHRINK_PAGES": config.shrink_pages, "SHRINKERS": config.together, "NEIGHBOURS": config.neighbours,
     }  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
     if kernel is shrink_kernel:
@@ -120,7 +123,7 @@ def _settings(kernel, config: Config, dtype: torch.dtype, capability: int, trans
         options = {"num_warps": config.shrink_warps}
     if kernel is expand_kernel:
         options = {"num_warps": config.warps}
-    if known["PDL"] and kernel in (linear_kernel, expand_kernel):
+    if known["PDL"] and kernel in (linear_kernel, prefill_kernel, expand_kernel):
         options["launch_pdl"] = True
     return {name: known[name] for name in kernel.arg_names if name in known}, options
 
@@ -130,8 +133,15 @@ def _compile(kernel, dtype, config, constants, options, capability) -> Compiled:
     pointers = dict.fromkeys(("x", "weight", "bias", "y"), f"*{element}")
     pointers |= {"words": "*i32", "floats": "*fp32", "slot_pages": "*i32", "slot_weights": "*fp32", "slot_ids": "*i32"}
     pointers |= {"h": f"*{element}", "partial": "*fp32", "counters": "*i32", "agreement": "*i32"}
+    if kernel is prefill_kernel:
+        pointers["x"] = f"tensordesc<{element}[{config.block_m}, {config.block_k}]>"
+        pointers["weight"] = f"tensordesc<{element}[{config.block_n}, {config.block_k}]>"
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in _ALIGNED}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name in _ALIGNED and "<" not in signature[name]
+    }
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, code = disassemble(compiled.asm["cubin"])

@@ -366,6 +366,65 @@ def together_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _expand(
+    acc, rows, at, words, floats, page_words, slot_pages, slot_ids, h, M, N, L, u_offset,
+    TRANSPOSE: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
+    """``acc + h U^T`` of a tile of rows, for the block of outputs that begins at ``at``."""
+    slots, numbers, distinct = _distinct(slot_ids, rows, M, BLOCK_M)
+    groups = tl.cdiv(L, PAGES)
+    for step in tl.range(0, distinct * groups, num_stages=1):
+        l0 = step % groups * PAGES
+        slot, page = _pages_of(slot_pages, slots, numbers, step // groups, l0, L, PAGES)
+        if tl.max(page) >= 0:
+            page_at = page.to(tl.int64) * page_words
+            hidden = _hidden(h, rows, slots, slot, page, l0, L, PAGES)
+            if TRANSPOSE:
+                word = _load_words(words, page_at, page >= 0, at, N, _V, True, BLOCK_N, False)
+                l0_, l1_, l2_, l3_, _ = _levels(floats, page_at, page >= 0, _V_LEVELS, h.dtype.element_ty)
+                b = _widen(word, l0_, l1_, l2_, l3_, True, PAGES, BLOCK_N, False)
+            else:
+                word = _load_words(words, page_at, page >= 0, at, N, u_offset, False, BLOCK_N, False)
+                l0_, l1_, l2_, l3_, _ = _levels(floats, page_at, page >= 0, _U_LEVELS, h.dtype.element_ty)
+                b = _widen(word, l0_, l1_, l2_, l3_, False, PAGES, BLOCK_N, False)
+            acc = _dot(hidden, b, acc, WIDE)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "L"])
+def prefill_kernel(
+    x, weight, bias, y, words, floats, page_words, slot_pages, slot_ids, h, M, N, K, L, u_offset,
+    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PAGES: tl.constexpr, NEIGHBOURS: tl.constexpr,
+):  # fmt: skip
+    """``y = x W^T + bias + h U^T`` of many rows, behind `shrink_kernel` (PDL: beside it).
+
+    Tiles of x and W are copied by the copy engine where there is one (Hopper and newer), whose descriptors ``x`` and
+    ``weight`` are; it fills up with zeros what lies outside. Grid: (tiles of M * blocks of N): those of NEIGHBOURS
+    tiles of rows follow one another, so that what runs at a time shares both operands in the second-level cache.
+    """
+    program, blocks = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    first = program // (NEIGHBOURS * blocks) * NEIGHBOURS
+    together = tl.minimum(tl.cdiv(M, BLOCK_M) - first, NEIGHBOURS)
+    tile = first + program % (NEIGHBOURS * blocks) % together
+    at = program % (NEIGHBOURS * blocks) // together * BLOCK_N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        acc = _dot(x.load([tile * BLOCK_M, k0]), weight.load([at, k0]).T, acc, WIDE)
+    if PDL:
+        tl_cuda.gdc_wait()
+    rows, columns = tile * BLOCK_M + tl.arange(0, BLOCK_M), at + tl.arange(0, BLOCK_N)
+    acc = _expand(
+        acc, rows, at, words, floats, page_words, slot_pages, slot_ids, h, M, N, L, u_offset, False, WIDE, BLOCK_M,
+        BLOCK_N, PAGES,
+    )  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    to = y + rows[:, None].to(tl.int64) * N + columns[None, :]
+    tl.store(to, acc.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
 @triton.jit(do_not_specialize=["M", "L"])
 def expand_kernel(
     y, y_stride, words, floats, page_words, slot_pages, slot_ids, h, M, N, L, u_offset,
@@ -377,26 +436,13 @@ def expand_kernel(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     at = tl.program_id(0) * BLOCK_N
     columns = at + tl.arange(0, BLOCK_N)
-    slots, numbers, distinct = _distinct(slot_ids, rows, M, BLOCK_M)
-    groups = tl.cdiv(L, PAGES)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if PDL:
         tl_cuda.gdc_wait()
-    for step in tl.range(0, distinct * groups, num_stages=1):
-        l0 = step % groups * PAGES
-        slot, page = _pages_of(slot_pages, slots, numbers, step // groups, l0, L, PAGES)
-        if tl.max(page) >= 0:
-            page_at = page.to(tl.int64) * page_words
-            hidden = _hidden(h, rows, slots, slot, page, l0, L, PAGES)
-            if TRANSPOSE:
-                word = _load_words(words, page_at, page >= 0, at, N, _V, True, BLOCK_N, False)
-                l0_, l1_, l2_, l3_, _ = _levels(floats, page_at, page >= 0, _V_LEVELS, y.dtype.element_ty)
-                b = _widen(word, l0_, l1_, l2_, l3_, True, PAGES, BLOCK_N, False)
-            else:
-                word = _load_words(words, page_at, page >= 0, at, N, u_offset, False, BLOCK_N, False)
-                l0_, l1_, l2_, l3_, _ = _levels(floats, page_at, page >= 0, _U_LEVELS, y.dtype.element_ty)
-                b = _widen(word, l0_, l1_, l2_, l3_, False, PAGES, BLOCK_N, False)
-            acc = _dot(hidden, b, acc, WIDE)
+    acc = _expand(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), rows, at, words, floats, page_words, slot_pages, slot_ids, h, M, N, L,
+        u_offset, TRANSPOSE, WIDE, BLOCK_M, BLOCK_N, PAGES,
+    )  # fmt: skip
+    slots = tl.load(slot_ids + rows, mask=rows < M, other=-1)
     to = y + rows[:, None].to(tl.int64) * y_stride + columns[None, :]
     mask = (slots >= 0)[:, None] & (columns < N)[None, :]
     old = tl.load(to, mask=mask, other=0.0).to(tl.float32)

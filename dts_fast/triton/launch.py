@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..codes import PageLayout
-from .configs import Config, choose
+from .configs import COPY_ENGINE, PREFILL_ROWS, Config, choose
 from .counters import counters
-from .kernels import expand_kernel, linear_kernel, shrink_kernel, together_kernel
+from .kernels import expand_kernel, linear_kernel, prefill_kernel, shrink_kernel, together_kernel
 
 # Set by TRITON_INTERPRET=1: kernels run in Python, on tensors of the CPU.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -45,7 +46,8 @@ def linear(
     (m, k), n = x.shape, weight.shape[0]
     capability = _capability(x)
     config = config or choose(m, n, k, x.dtype, slot_pages.shape[1], capability, True)
-    if m == 0 or slot_pages.numel() == 0 or not config.fused or not _in_order(weight):
+    copied = config.block_m < PREFILL_ROWS or ((INTERPRETED or capability >= COPY_ENGINE) and _copied(x, weight))
+    if m == 0 or slot_pages.numel() == 0 or not (config.fused and copied) or not _in_order(weight):
         with torch.autocast(x.device.type, enabled=False):  # the result is of x's dtype
             y = torch.nn.functional.linear(x, weight, bias)
         add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids)
@@ -58,6 +60,16 @@ def linear(
         _together(y, x, weight, bias, layout, pages, slot_pages, slot_weights, slot_ids, config)
         return y
     h, pdl = _shrink(x, layout, pages, slot_pages, slot_weights, slot_ids, config, False, capability)
+    if config.block_m >= PREFILL_ROWS:
+        with torch.cuda.device_of(x):
+            prefill_kernel[triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),](
+                _tiles(x, config.block_m, config.block_k), _tiles(weight, config.block_n, config.block_k), bias, y,
+                *_views(pages, layout), slot_pages, slot_ids, h, m, n, k, length, layout.u_offset // 4,
+                HAS_BIAS=bias is not None, WIDE=_wide(x), PDL=pdl, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                BLOCK_K=config.block_k, PAGES=config.pages, NEIGHBOURS=config.neighbours, num_warps=config.warps,
+                num_stages=config.stages, **_launch(pdl),
+            )  # fmt: skip
+        return y
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments'
         linear_kernel[triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m)](
             x, x.stride(0), weight, weight.stride(0), bias, y, *_views(pages, layout), slot_pages, slot_ids, h, m, n, k,
@@ -148,6 +160,18 @@ def _shrink(x, layout, pages, slot_pages, slot_weights, slot_ids, config, transp
             PAGES=config.shrink_pages, SPLITS=config.splits, num_warps=config.shrink_warps,
         )  # fmt: skip
     return h, pdl
+
+
+def _copied(x: Tensor, weight: Tensor) -> bool:
+    """Whether the copy engine can copy tiles of both: rows of elements side by side, at multiples of 16 bytes."""
+    return all(
+        t.shape[1] > 0 and t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
+        for t in (x, weight)
+    )
+
+
+def _tiles(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns])
 
 
 def _views(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor, int]:
