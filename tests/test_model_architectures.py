@@ -157,11 +157,61 @@ def test_models_that_compute_with_weights_of_layers_they_do_not_call(tmp_path, m
         with pytest.raises(RoutingError, match="without calling"):
             model(ids, adapter_names=["a", "b"])
     else:  # a mixer has parameters of its own, and runs once for each adapter
-        with pytest.raises(RoutingError, match="which is of the whole batch"):
-            model(ids, adapter_names=["a", "b"], use_cache=True)
         mixed = model(ids, adapter_names=["a", "b"], use_cache=False).logits
         expected = torch.stack([dense[name](ids).logits[row] for row, name in enumerate("ab")])
         torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+SMALL = {
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def gpt_oss():
+    config = transformers.GptOssConfig(num_local_experts=4, head_dim=8, sliding_window=5, **SMALL)
+    return transformers.GptOssForCausalLM(config)
+
+
+def qwen3_next():
+    config = transformers.Qwen3NextConfig(
+        head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"], **SMALL,
+    )  # fmt: skip
+    return transformers.Qwen3NextForCausalLM(config)
+
+
+def falcon_h1():
+    config = transformers.FalconH1Config(
+        head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8,
+        mamba_chunk_size=8, **SMALL,
+    )  # fmt: skip
+    return transformers.FalconH1ForCausalLM(config)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:no fast path")
+@pytest.mark.parametrize("make", [mamba, gpt_oss, qwen3_next, falcon_h1])
+def test_generate_where_layers_with_a_cache_have_parameters_of_their_own(tmp_path, make):
+    """Mixers' decays, attention sinks: such a layer runs once for each adapter, with its rows of the cache."""
+    model, dense = adapters(tmp_path, make)
+    ids, names = torch.randint(3, 99, (4, 6)), ["a", "b", "__base__", "a"]
+    known = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    for implementation in (None, "static"):
+        kind = {"cache_implementation": implementation} if implementation else {}
+        mixed = model.generate(input_ids=ids, adapter_names=names, max_new_tokens=7, **known, **kind)
+        logits = torch.stack(mixed.logits, 1)
+        alone = [
+            dense[name].generate(input_ids=ids[row : row + 1], max_new_tokens=7, **known, **kind)
+            for row, name in enumerate(names)
+        ]
+        expected = torch.cat([torch.stack(each.logits, 1) for each in alone])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    beams = model.generate(input_ids=ids, adapter_names=names, max_new_tokens=4, num_beams=2, do_sample=False)
+    for row, name in enumerate(names):
+        own = dense[name].generate(input_ids=ids[row : row + 1], max_new_tokens=4, num_beams=2, do_sample=False)
+        assert beams[row, : own.shape[1]].tolist() == own[0].tolist()
 
 
 def test_gradient_checkpointing_outside_its_route_is_refused_not_wrong():

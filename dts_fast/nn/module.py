@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..routing import Slots, all_base, current_slots, narrowed
 from ..slots import SlotTable
 from .parameters import ReadParameter, personal_method, run_with
 from .rows import batch_shape, map_rows, merge_rows
+from .state import find_cache
 
 Parameter = Delta | Tensor
 
@@ -295,14 +296,15 @@ class DTSModule(nn.Module):
             groups.setdefault(slot if self.runs_alone(slot) else _FAST, []).append(row)
         if groups.keys() == {_FAST}:
             return self.forward_fast(slots, *args, **kwargs)
-        self._refuse_state((*args, *kwargs.values()))
+        cache = find_cache(self.base_layer, (args, kwargs), rows)
         repeats, results, taken = rows // batch, [], []
         for members in groups.values():
             taken.append([row * repeats + i for row in members for i in range(repeats)])
             index = torch.tensor(taken[-1])
             # A vector that an embedding is given is a list of positions, however many rows there are.
             least = 2 if isinstance(self.base_layer, nn.Embedding) else 1
-            part = map_rows(lambda t, index=index: t[index.to(t.device)], rows, args, kwargs, least)
+            given = (args, kwargs) if cache is None else cache.part(taken[-1], (args, kwargs))
+            part = map_rows(lambda t, index=index: t[index.to(t.device)], rows, *given, least)
             part_slots = [slots[row] for row in members]
             with narrowed(members, batch):
                 if self.runs_alone(part_slots[0]):
@@ -313,26 +315,11 @@ class DTSModule(nn.Module):
             if isinstance(self.base_layer, nn.Embedding):
                 result = result[None] if result.dim() == len(shape) else result
                 result = result.expand(len(taken[-1]), *result.shape[1:])
-            results.append(result)
-        return merge_rows(results, taken)
-
-    def _refuse_state(self, values: Iterable[object]) -> None:
-        """Refuse to run for a part of the batch with an object (a cache) that is of all of it, and is changed.
-
-        Raises:
-            RoutingError: one of the layer's arguments is no plain data.
-        """
-        for value in values:
-            if isinstance(value, (list, tuple)):
-                self._refuse_state(value)
-            elif isinstance(value, dict):
-                self._refuse_state(value.values())
-            elif not (value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))):
-                raise RoutingError(
-                    f"{type(self.base_layer).__name__} has parameters of its own that differ within this batch, and is "
-                    f"given a {type(value).__name__}, which is of the whole batch. Run these adapters in separate "
-                    "batches or without it (use_cache=False), or compress without its parameters (--exclude)."
-                )
+            results.append(result if cache is None else cache.whole(result))
+        merged = merge_rows(results, taken)
+        if cache is not None:
+            cache.join()
+        return merged
 
     def runs_alone(self, slot: int) -> bool:
         """Whether the layer runs for this slot with its dense parameters."""

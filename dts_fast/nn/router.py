@@ -12,13 +12,13 @@ from torch.utils import _pytree as pytree
 
 from .. import ops
 from ..bank import Arena
-from ..errors import RoutingError
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
 from .module import DTSModule, Parameter, is_plain
 from .parameters import TELLS_NO_VALUES
 from .rows import batch_shape
+from .state import has_objects
 
 
 class DTSRouter(BankedModule):
@@ -71,10 +71,8 @@ class DTSRouter(BankedModule):
         return DTSModule.forward(self, *args, **kwargs)
 
     def _with_deltas(self, slots: Slots, args: tuple, kwargs: dict):
-        try:
-            self._refuse_state((*args, *kwargs.values()))
-        except RoutingError as error:  # it could be changed twice
-            raise _UnexpectedError from error
+        if has_objects((args, kwargs)):  # what changes while it runs would be changed twice if this were given up
+            raise _UnexpectedError
         leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() > 0]
         inputs = [leaf for leaf in leaves if leaf.shape[0] == leaves[0].shape[0]]
         bank, biases, found = self.bank.tensors, self._touches_bias(slots), []

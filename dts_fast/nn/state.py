@@ -1,0 +1,185 @@
+"""Caches: what a layer is given that belongs to the whole batch and changes while the layer runs. Parts of it for some
+rows, and all of them together again.
+
+A cache is known by its form: a list ``layers``, of which a layer of the model uses the one that its ``layer_idx``
+names, with tensors (rows first), counters, flags, and lists and dictionaries of these.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import RoutingError
+
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
+
+
+class CacheParts:
+    """One layer's part of a cache, for a layer that runs several times, each for some rows of the batch.
+
+    Args:
+        cache: of the whole batch; changed by `join` alone.
+        index: which of its layers.
+        rows: of the batch.
+    """
+
+    def __init__(self, cache: object, index: int, rows: int) -> None:
+        self.cache, self.index, self.rows = cache, index, rows
+        # For each part: its rows, the tensors it was given, and the layer's state and the cache they are in.
+        self.parts: list[tuple[list[int], dict, object, object]] = []
+
+    def part(self, members: list[int], values: tuple) -> tuple:
+        """The arguments with a cache of some rows in the cache's place."""
+        state = self.cache.layers[self.index]
+        given = {name: _split(value, self.rows, members) for name, value in vars(state).items()}
+        own, cache = copy.copy(state), copy.copy(self.cache)
+        own.__dict__ = _containers_copied(given)
+        cache.layers = list(self.cache.layers)
+        cache.layers[self.index] = own
+        self.parts.append((members, given, own, cache))
+        return self._replace(values, self.cache, cache)
+
+    def whole(self, result):
+        """A part's result with the cache in the place of its own."""
+        return self._replace(result, self.parts[-1][3], self.cache)
+
+    def join(self) -> None:
+        """Give the cache what the layer has made of its parts.
+
+        Raises:
+            RoutingError: something besides tensors that is not the same for all rows.
+        """
+        state = self.cache.layers[self.index]
+        members = [members for members, *_ in self.parts]
+        order = torch.tensor([row for part in members for row in part]).argsort()
+        joiner = _Joiner([len(part) for part in members], order, self.rows)
+        now, given = [vars(own) for *_, own, _ in self.parts], [given for _, given, *_ in self.parts]
+        for name in now[0]:
+            if name == "batch_size":  # the one counter that is of rows
+                joined = sum(each[name] for each in now)
+            else:
+                joined = joiner.join(name, vars(state).get(name), [g.get(name) for g in given], [n[name] for n in now])
+            setattr(state, name, joined)
+
+    @staticmethod
+    def _replace(values, old: object, new: object):
+        return pytree.tree_map(lambda value: new if value is old else value, values, is_leaf=lambda value: value is old)
+
+
+def find_cache(layer: nn.Module, values: Iterable[object], rows: int) -> CacheParts | None:
+    """The cache among a layer's arguments; None if there is none.
+
+    Raises:
+        RoutingError: an object that is of the whole batch, and cannot be divided into rows.
+    """
+    found = list({id(value): value for value in _objects(values)}.values())
+    if not found:
+        return None
+    cache, index = found[0], getattr(layer, "layer_idx", None)
+    layers = getattr(cache, "layers", None)
+    if len(found) == 1 and isinstance(layers, list) and isinstance(index, int) and not _is_offloaded(cache):
+        make = getattr(cache, "layer_class_to_replicate", None)
+        while len(layers) <= index and make is not None:  # as the cache itself would, when it is updated
+            layers.append(make())
+        if index < len(layers) and _can_split(vars(layers[index])):
+            return CacheParts(cache, index, rows)
+    raise RoutingError(
+        f"{type(layer).__name__} has parameters of its own that differ within this batch, and is given a "
+        f"{type(cache).__name__}, which is of the whole batch and cannot be divided. Run these adapters in separate "
+        "batches or without it (use_cache=False), or compress without its parameters (--exclude)."
+    )
+
+
+def has_objects(values: Iterable[object]) -> bool:
+    """Whether something among a layer's arguments is no plain data."""
+    return next(_objects(values), None) is not None
+
+
+def _is_offloaded(cache: object) -> bool:
+    return bool(getattr(cache, "offloading", False))
+
+
+def _objects(values: Iterable[object]) -> Iterator[object]:
+    """What is no plain data, at any depth."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _objects(value)
+        elif isinstance(value, dict):
+            yield from _objects(value.values())
+        elif not isinstance(value, (Tensor, *_PLAIN)):
+            yield value
+
+
+def _can_split(value: object) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_can_split, value.values() if isinstance(value, dict) else value))
+    return type(value) is Tensor or isinstance(value, _PLAIN)
+
+
+def _split(value: object, rows: int, members: list[int]) -> object:
+    """Some rows of every tensor, copied: also what is of no rows (counters), as it may be written to."""
+    if isinstance(value, Tensor):
+        of_rows = value.dim() > 0 and value.shape[0] == rows
+        return value[torch.tensor(members, device=value.device)] if of_rows else value.clone()
+    if isinstance(value, dict):
+        return {key: _split(each, rows, members) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_split(each, rows, members) for each in value)
+    return value
+
+
+def _containers_copied(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _containers_copied(each) for key, each in value.items()}
+    return [_containers_copied(each) for each in value] if isinstance(value, list) else value
+
+
+class _Joiner:
+    """Puts parts of a state together.
+
+    Args:
+        counts: rows of each part. order: of the parts' rows, one after another, for those of the batch.
+        rows: of the batch.
+    """
+
+    def __init__(self, counts: list[int], order: Tensor, rows: int) -> None:
+        self.counts, self.order, self.rows = counts, order, rows
+
+    def join(self, name: str, old: object, given: list, now: list) -> object:
+        """``old`` with what the parts have become, in place where the parts were changed in place."""
+        if isinstance(now[0], Tensor):
+            return self._join_tensors(old, given, now)
+        if isinstance(now[0], dict):
+            old = old if isinstance(old, dict) else {}
+            for key in now[0]:
+                before = [each.get(key) if isinstance(each, dict) else None for each in given]
+                old[key] = self.join(name, old.get(key), before, [each[key] for each in now])
+            return old
+        if isinstance(now[0], list) and all(len(each) == len(now[0]) for each in now):
+            old = old if isinstance(old, list) else []
+            same = all(isinstance(each, list) and len(each) == len(old) == len(now[0]) for each in given)
+            none = None, [None] * len(given)
+            before = [(old[i], [each[i] for each in given]) if same else none for i in range(len(now[0]))]
+            old[:] = [self.join(name, was, had, [n[i] for n in now]) for i, (was, had) in enumerate(before)]
+            return old
+        if any(each != now[0] for each in now):
+            raise RoutingError(
+                f"the cache's {name!r} became {sorted(map(str, now))} for the adapters of this batch, and has to be "
+                "the same for all rows. Run these adapters in separate batches."
+            )
+        return now[0]
+
+    def _join_tensors(self, old: object, given: list, now: list) -> Tensor:
+        of_rows = all(t.dim() > 0 and t.shape[0] == count for t, count in zip(now, self.counts, strict=True))
+        # A vector of one element for each part of one row may be a counter, where nothing tells what it was before.
+        known = isinstance(old, Tensor) and old.dim() > 0 and old.shape[0] == self.rows
+        of_rows = of_rows and (now[0].dim() > 1 or known)
+        joined = torch.cat(now)[self.order.to(now[0].device)] if of_rows else now[0]
+        if isinstance(old, Tensor) and now[0] is given[0] and old.shape == joined.shape:
+            return old.copy_(joined)  # a static address: graphs were captured with it
+        return joined
