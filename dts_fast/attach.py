@@ -14,6 +14,7 @@ from .checkpoint import common_prefix
 from .errors import BaseMismatchError
 from .fingerprint import Elements, check_fingerprint
 from .nn.module import has_features, is_plain
+from .nn.parameters import named_tensors, tensor_of
 from .pieces import Piece
 from .prepack import PackedLinear
 from .renaming import names_in_checkpoint
@@ -39,7 +40,6 @@ class LiveModel:
         self._names_in_checkpoint = names_in_checkpoint(model)
         pieces = (name for name in self._names_in_checkpoint.values() if name not in self._aliases)
         self._aliases |= {name: (name,) for name in pieces}
-        self._buffers = [name for name, _ in model.named_buffers()]
         self._last: tuple[object, ...] = (None,)
         # One that every layout of weights leaves in its place: the first, most often an embedding table.
         owned = (
@@ -91,15 +91,6 @@ class LiveModel:
             if piece.parameter in live:
                 live[name] = str(replace(piece, parameter=live[piece.parameter]))
                 self._aliases.setdefault(live[name], (live[name],))
-        buffers = {add + name.removeprefix(strip): name for name in self._buffers}
-        kept = {name: buffers[name] for name in adapter.deltas if name not in live and name in buffers}
-        if kept:
-            warnings.warn(
-                f"{type(self.root).__name__} keeps {next(iter(kept))} and {len(kept) - 1} more as buffers, which stay "
-                "the base's, though the adapter has deltas of them. Compress with --exclude to leave them out.",
-                stacklevel=4,
-            )
-        live |= kept
         of_live = {own: name for name, own in live.items()}
         missing = [name for name in adapter.deltas if name not in live]
         if missing:
@@ -117,8 +108,6 @@ class LiveModel:
                     "not used. Load the base by its path to get the fine-tune's model class.",
                     stacklevel=4,
                 )
-                continue
-            if name in kept:
                 continue
             for path, leaf in self._owners(live[name]):
                 # Where the fine-tune has untied what the base ties, each alias has an entry of its own.
@@ -142,7 +131,8 @@ class LiveModel:
         for name in live.values():
             path, _, leaf = name.rpartition(".")
             piece = Piece.named(leaf)
-            parameter = self.modules[path]._parameters.get(leaf if piece is None else piece.parameter)
+            module, leaf = self.modules[path], leaf if piece is None else piece.parameter
+            parameter = module._parameters.get(leaf, module._buffers.get(leaf))
             if parameter is None:
                 continue
             if parameter.is_meta:
@@ -219,7 +209,7 @@ class _LiveParameters(Mapping):
             return module
         if leaf == "weight" and has_features(module):
             return LinearElements(module)
-        return module.get_parameter(leaf)
+        return tensor_of(module, leaf)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -262,9 +252,9 @@ def _keeps_its_weight_elsewhere(module: nn.Module) -> bool:
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Every parameter's name to all names of the same parameter: several where weights are tied."""
+    """Every parameter's (and buffer's) name to all names of the same one: several where weights are tied."""
     names: dict[int, list[str]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = named_tensors(model)
     for name, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(name)
     return {name: tuple(names[id(parameter)]) for name, parameter in parameters.items()}

@@ -286,7 +286,8 @@ class Pairing:
 
     Attributes:
         pairs: base name to fine-tune name; floating point and of equal shape.
-        added: name to fine-tune name, for tensors the base does not have (new heads).
+        added: name to fine-tune name, for tensors that are stored whole: those the base does not have (new heads), and
+            running variances.
         tied: base name of a tensor that both checkpoints hold as a copy of another, to that other's name.
         skipped: name to reason, for everything that takes no part.
     """
@@ -351,6 +352,8 @@ def pair_tensors(
                 tied[name] = add + twin.removeprefix(strip)
         elif ours.shape != theirs.shape:
             shapes.append(f"{name}: base {list(ours.shape)}, fine-tune {list(theirs.shape)}")
+        elif name.endswith("running_var") and not torch.equal(base.get(name), model.get(model_name[name])):
+            added[name] = model_name[name]  # a variance plus an approximate delta may be negative
         else:
             pairs[name] = model_name[name]
     if not pairs and not (include or exclude or missing or shapes):

@@ -23,6 +23,7 @@ from .errors import CheckpointError, DTSError
 from .hub import push_adapter
 from .mixture import check_weights, select, similarity_weights
 from .nn import DTSModule
+from .nn.parameters import tensor_of
 from .prepack import PackedLinear, no_kernels
 from .residency import Residency
 from .routing import Lease, check_names, current_route, route
@@ -343,7 +344,7 @@ class DTSModel(nn.Module):
         layers = [wrapper.bare_layer() for wrapper in self._wrappers.values()]
         for layer, parameters in zip(layers, merged, strict=True):
             for own, value in parameters.items():
-                layer.get_parameter(own).data = value
+                tensor_of(layer, own).data = value
         for path in list(self._wrappers):
             self._live.put(path, self._wrappers.pop(path).base_layer)
         self.model = self._live.root

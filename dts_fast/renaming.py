@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, common_prefix
+from .nn.parameters import named_tensors
 from .pieces import Piece
 
 
 def names_in_checkpoint(model: nn.Module) -> dict[str, str]:
-    """The name each parameter has in a checkpoint of this model, to its name in the model; where that is a piece of a
-    parameter, the piece's."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    """The name each parameter (and buffer, see `nn.parameters.named_tensors`) has in a checkpoint of this model, to its
+    name in the model; where that is a piece of a parameter, the piece's."""
+    parameters = named_tensors(model)
     names = {name: name for name in parameters}
     try:
         from transformers import PreTrainedModel
@@ -43,7 +44,7 @@ def names_in_checkpoint(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def _is_stack(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+def _is_stack(model: nn.Module, name: str, parameter: Tensor) -> bool:
     """Whether a parameter holds a matrix for each of its module's experts."""
     path, _, leaf = name.rpartition(".")
     experts = getattr(model.get_submodule(path), "num_experts", None)
@@ -53,12 +54,12 @@ def _is_stack(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 _NUMBERS = 2**32  # for each stack; more than it has
 
 
-def _numbered(index: int, experts: int) -> torch.Tensor:
+def _numbered(index: int, experts: int) -> Tensor:
     """What is saved in place of a stack: small, and of numbers that tell what saving splits off."""
     return torch.arange(index * _NUMBERS, index * _NUMBERS + 4 * experts).view(experts, 2, 2)
 
 
-def _split_off(view: torch.Tensor, stacks: list[str]) -> str | None:
+def _split_off(view: Tensor, stacks: list[str]) -> str | None:
     """The name of what saving has split off a stack: an expert's matrix, or the upper or lower half of one."""
     index, number = divmod(int(view.flatten()[0]), _NUMBERS)
     path, _, leaf = stacks[index].rpartition(".")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dts_fast import DTSConfig, DTSLinear, DTSModel, compress, fit, fit_vector, route
+from dts_fast.adapter_file import load_adapter
 from dts_fast.errors import BaseMismatchError, RoutingError
 from dts_fast.export import export_full
 
@@ -37,7 +38,7 @@ def opt():
     return transformers.OPTForCausalLM(config)
 
 
-def adapters(tmp_path, make, **settings) -> tuple[DTSModel, dict[str, nn.Module]]:
+def adapters(tmp_path, make, tune=lambda model: None, **settings) -> tuple[DTSModel, dict[str, nn.Module]]:
     """A model with adapters "a" and "b", and the dense model of each and of the base."""
     base = make().eval()
     base.save_pretrained(tmp_path / "base")
@@ -47,6 +48,7 @@ def adapters(tmp_path, make, **settings) -> tuple[DTSModel, dict[str, nn.Module]
         with torch.no_grad():
             for parameter in tuned.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)
+            tune(tuned)
         tuned.save_pretrained(tmp_path / f"tuned_{name}")
         compress(tmp_path / "base", tmp_path / f"tuned_{name}", tmp_path / name, DTSConfig(density=0.3, **settings))
         export_full(tmp_path / name, tmp_path / "base", tmp_path / f"dense_{name}")
@@ -160,6 +162,54 @@ def test_models_that_compute_with_weights_of_layers_they_do_not_call(tmp_path, m
         mixed = model(ids, adapter_names=["a", "b"], use_cache=False).logits
         expected = torch.stack([dense[name](ids).logits[row] for row, name in enumerate("ab")])
         torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def deepseek():
+    config = transformers.DeepseekV3Config(
+        vocab_size=99, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+        first_k_dense_replace=1, n_group=2, topk_group=1, kv_lora_rank=8, q_lora_rank=12, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def resnet():
+    config = transformers.ResNetConfig(
+        num_channels=3, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], num_labels=5, layer_type="basic"
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:no fast path")
+@pytest.mark.parametrize("make", [deepseek, resnet])
+def test_buffers_that_training_moves(tmp_path, make):
+    """DeepSeek's bias of the choice of experts, running means and variances: no parameters, and a fine-tune's own."""
+
+    def tune(model):
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("e_score_correction_bias", "running_mean")):
+                tensor += torch.randn_like(tensor)
+            elif name.endswith("running_var"):
+                tensor *= torch.rand_like(tensor) + 0.5
+
+    model, dense = adapters(tmp_path, make, tune=tune)
+    x = torch.randn(3, 3, 32, 32) if make is resnet else torch.randint(3, 99, (3, 6))
+    alone = {name: dense[name](x).logits for name in ("a", "b", "__base__")}
+    held = load_adapter(tmp_path / "a").parameters
+    changed = [name for name in held if name.endswith(("e_score_correction_bias", "running_mean"))]
+    variances = [parameter for name, parameter in held.items() if name.endswith("running_var")]
+    assert (len(changed), len(variances)) == ((6, 6) if make is resnet else (1, 0))
+    assert all(isinstance(variance, torch.Tensor) for variance in variances)  # whole: none may be negative
+    for name, expected in alone.items():
+        torch.testing.assert_close(model(x, adapter_names=name).logits, expected, rtol=1e-3, atol=1e-3)
+    names = ["b", "__base__", "a"]
+    mixed = model(x, adapter_names=names).logits
+    expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
+    torch.testing.assert_close(mixed, expected, rtol=1e-3, atol=1e-3)
+    merged = model.merge_and_unload("b")
+    torch.testing.assert_close(merged(x).logits, alone["b"], rtol=1e-3, atol=1e-3)
 
 
 SMALL = {

@@ -486,24 +486,6 @@ def test_methods_that_a_model_calls_beside_forward():
 
 
 @torch.no_grad()
-def test_buffers_that_a_fine_tune_changes_stay_the_bases(tmp_path):
-    """DeepSeek's bias of the choice of experts is no parameter, and training moves it without gradients."""
-    base = deepseek().eval()
-    base.save_pretrained(tmp_path / "base")
-    tuned = copy.deepcopy(base)
-    for name, tensor in tuned.state_dict().items():
-        if tensor.is_floating_point():
-            tensor += (1.0 if name.endswith("e_score_correction_bias") else 0.05) * torch.randn_like(tensor)
-    tuned.save_pretrained(tmp_path / "tuned")
-    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(rank=4))
-    with pytest.warns(UserWarning, match="keeps .*e_score_correction_bias .*stay the base's"):
-        model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")
-    model.load_adapter(tmp_path / "a", "again")
-    ids = torch.randint(3, 99, (2, 5))
-    torch.testing.assert_close(model(ids, adapter_names="a").logits, model(ids, adapter_names="again").logits)
-
-
-@torch.no_grad()
 def test_a_base_in_one_file_keeps_its_stacks(tmp_path):
     config = transformers.GraniteMoeConfig(num_local_experts=4, **SIZES)
     _, dense = adapters(tmp_path, lambda: transformers.GraniteMoeForCausalLM(config), exclude="moe")

@@ -16,7 +16,7 @@ from ..mixture import mix
 from ..pieces import Piece
 from ..routing import Slots, all_base, current_slots, narrowed
 from ..slots import SlotTable
-from .parameters import ReadParameter, personal_method, run_with
+from .parameters import ReadParameter, named_tensors, personal_method, run_with, tensor_of
 from .rows import batch_shape, map_rows, merge_rows
 from .state import find_cache
 
@@ -107,8 +107,8 @@ class DTSModule(nn.Module):
                 )
 
     def base_names(self) -> list[str]:
-        """The names of the base layer's parameters."""
-        names = [name for name, _ in self.base_layer.named_parameters()]
+        """The names of what an adapter may change in the base layer: its parameters, and buffers like them."""
+        names = list(named_tensors(self.base_layer))
         return names if "weight" in names or not has_features(self.base_layer) else ["weight", *names]
 
     def base_shape(self, name: str) -> tuple[int, ...] | None:
@@ -124,13 +124,13 @@ class DTSModule(nn.Module):
         if name == "weight" and not (type(layer) is nn.Linear and is_plain(own)) and has_features(layer):
             return layer.out_features, layer.in_features  # whatever shape it is kept in
         if own is None:
-            own = dict(layer.named_parameters()).get(name)
+            own = named_tensors(layer).get(name)
         return None if own is None else tuple(own.shape)
 
     def base_parameter(self, name: str) -> Tensor:
         """A parameter of the base layer, or a piece of one, for reading."""
         piece = Piece.named(name)
-        own = self.base_layer.get_parameter(name if piece is None else piece.parameter).detach()
+        own = tensor_of(self.base_layer, name if piece is None else piece.parameter).detach()
         return own if piece is None else piece.of(own)
 
     def base_kind(self, name: str) -> tuple[torch.device, torch.dtype]:

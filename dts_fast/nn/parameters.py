@@ -14,6 +14,22 @@ from ..routing import current_route, named_slots
 from ..slots import BASE, BASE_SLOT
 
 
+def named_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """What training can change in a layer, by name, tied tensors under each of theirs: its parameters, and buffers of
+    floating-point numbers (running means, biases that are moved without gradients)."""
+    found = dict(layer.named_parameters(remove_duplicate=False))
+    buffers = layer.named_buffers(remove_duplicate=False)
+    return found | {name: buffer for name, buffer in buffers if buffer.is_floating_point()}
+
+
+def tensor_of(layer: nn.Module, name: str) -> Tensor:
+    """A parameter or a buffer of a layer, or of one within it."""
+    path, _, leaf = name.rpartition(".")
+    module = layer.get_submodule(path)
+    own = module._buffers.get(leaf)
+    return module.get_parameter(leaf) if own is None else own
+
+
 def run_with(layer: nn.Module, parameters: Mapping[str, Tensor], args: tuple, kwargs: dict):
     """Run a layer with other parameters.
 
@@ -44,13 +60,14 @@ def with_parameters(layer: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Mo
     own = type(layer).__new__(type(layer))
     own.__dict__.update(layer.__dict__)
     own.__dict__["_parameters"] = dict(layer._parameters)
+    own.__dict__["_buffers"] = dict(layer._buffers)
     children: dict[str, dict[str, Tensor]] = {}
     for name, value in parameters.items():
         child, dot, rest = name.partition(".")
         if dot:
             children.setdefault(child, {})[rest] = value
         else:
-            own._parameters[name] = value
+            (own._buffers if name in own._buffers else own._parameters)[name] = value
     if children:
         own.__dict__["_modules"] = dict(layer._modules)
         for child, values in children.items():

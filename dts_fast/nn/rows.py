@@ -35,7 +35,12 @@ def map_rows(function, rows: int, args, kwargs, least_dim: int = 1):
 
 
 def merge_rows(results: list, members: list[list[int]]):
-    """Outputs of parts of a batch, back in the order of its rows."""
+    """Outputs of parts of a batch, back in the order of its rows; also where a layer makes several entries of each row,
+    one behind the other (a router, which flattens tokens).
+
+    Raises:
+        RoutingError: outputs that differ in more than their rows, or have none.
+    """
     order = torch.tensor([row for part in members for row in part]).argsort()
 
     def merge(*leaves):
@@ -46,6 +51,16 @@ def merge_rows(results: list, members: list[list[int]]):
                 f"the adapters of this batch give outputs of different shapes, {[list(t.shape[1:]) for t in leaves]} "
                 "a row (heads of different sizes); run them in separate batches."
             )
-        return torch.cat(leaves)[order.to(leaves[0].device)]
+        sizes = {leaf.shape[0] / len(part) if leaf.dim() else 0.0 for leaf, part in zip(leaves, members, strict=True)}
+        entries = int(min(sizes))
+        if sizes != {entries} or entries == 0:
+            raise RoutingError(
+                f"a layer gives outputs of shapes {[list(leaf.shape) for leaf in leaves]} for "
+                f"{[len(part) for part in members]} rows: it cannot be told which part of them is whose. Run these "
+                "adapters in separate batches, or compress without this layer's own parameters (--exclude)."
+            )
+        joined = torch.cat(leaves)
+        apart = joined.view(len(order), entries, *joined.shape[1:])[order.to(joined.device)]
+        return apart.flatten(0, 1)
 
     return pytree.tree_map(merge, *results)
