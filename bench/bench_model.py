@@ -124,7 +124,9 @@ def decoding(
             names, prompt = names_of(batch, composition, adapters), prompt_of(plain, batch)
             candidates = {"base": decoder(plain, prompt, None)}
             candidates |= {label: decoder(model, prompt, names) for label, model in own.items()}
-            if composition != "base":  # PEFT takes names for mixed batches only; one adapter is its active one
+            if composition == "base":  # what two equal models differ by in this measurement
+                candidates["base again"] = decoder(sharing(plain), prompt, None)
+            else:  # PEFT takes names for mixed batches only; one adapter is its active one
                 peft_names = names if isinstance(names, list) else None
                 candidates |= {label: decoder(model, prompt, peft_names) for label, model in peft.items()}
             for run in candidates.values():

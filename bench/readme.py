@@ -184,7 +184,7 @@ def ops() -> str:
 def model() -> str:
     """Tokens a second of whole models that decode, the memory of many adapters, and how fast one is loaded."""
     head, rows = _read("model.jsonl")
-    mine = [row for row in rows if row["question"] == "decode"]
+    mine = [row for row in rows if row["question"] == "decode" and row["candidate"] != "base again"]
     names = list(dict.fromkeys(row["candidate"] for row in mine))
     out = [
         "| tokens a second (over the base's) |" + "".join(f" {name} |" for name in names),
