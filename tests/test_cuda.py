@@ -25,14 +25,15 @@ def compilers(tmp_path_factory):
     command = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-cubin", "-Xptxas", "-v", str(CSRC / "cuda" / "launch.cu")]
     commands = {t: [*command, f"-arch=sm_{t}", "-o", str(folder / f"{t}.cubin")] for t in TARGETS}
     with all_at_once(commands) as processes:
-        yield processes
+        yield processes, folder
 
 
 @needs_nvcc
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_instance_compiles_without_spills_and_leaves_room_for_enough_warps(compilers, target):
-    out = "".join(compilers[target].communicate())
-    assert compilers[target].returncode == 0, out
+    processes, folder = compilers
+    out = "".join(processes[target].communicate())
+    assert processes[target].returncode == 0, out
     assert "warning" not in out
     entries = re.findall(
         r"Compiling entry function '\w+?Li(\d)ELi(\d)ELi(\d)ELi(\d+)E\w+'.*?"
@@ -49,6 +50,17 @@ def test_every_instance_compiles_without_spills_and_leaves_room_for_enough_warps
         resident = 2 if warps < 8 and rows * outputs <= 4 else 1
         warps_of_quarter = -((warps + groups) * resident // -4)
         assert -(-int(registers) // 8) * 8 * 32 * warps_of_quarter <= 16384, shape
+
+    pytest.importorskip("triton")  # whose package brings a disassembler
+    from dts_fast.triton.aot import disassemble
+
+    code = disassemble((folder / f"{target}.cubin").read_bytes())[1]
+    for name, sass in code.items():
+        if not name.endswith("Lb1EEEvNS0_13DecodeProblemE"):  # without a base
+            continue
+        # Weights are copied ahead, and the loop's wait leaves some of them under way.
+        assert "LDGSTS" in sass, name
+        assert re.search(r"DEPBAR\.LE SB\d, 0x[1-9]", sass), name
 
 
 @needs_nvcc

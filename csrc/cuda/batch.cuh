@@ -37,21 +37,26 @@ struct Rows {
 };
 
 // A block's shared memory.
-template <int kRowTiles, int kOutputTiles, int kGroups, int kWarps>
+template <int kRowTiles, int kOutputTiles, int kGroups, int kWarps, bool kBase>
 struct Shared {
   using R = Rows<kRowTiles>;
   static constexpr int kOutputs = 16 * kOutputTiles * kGroups;
   static constexpr int kBeside = warps_beside(kGroups);
+  static constexpr int kAhead = chunks_ahead(kOutputTiles, kWarps);
   static constexpr int kStaged = kGroups > 1 ? 16 : 32;  // pages whose part of U is fetched before h is there
-  static constexpr int kNumbered = 1024;                 // pages whose numbers are known without another trip to memory
+  static constexpr int kNumbered = 512;                  // pages whose numbers are known without another trip to memory
   // Parts of the block's sums: each warp's of a group, or each group's of warps; where the warps beside them are as
-  // many as groups, theirs (of the expand), too. As many are here at a time as a block may have: all, or half of them.
+  // many as groups, theirs (of the expand), too. As many are here at a time as fit where the weights were.
   static constexpr int kAll = kWarps / kGroups + (kGroups > 1);
   static constexpr bool kLarge = kAll * 8 * kRowTiles * (kOutputs + 4) > 10000;
   static constexpr int kParts = kLarge ? (kAll + 1) / 2 : kAll;
-  alignas(16) float parts[kParts][8 * kRowTiles][kOutputs + 4];
+  union {
+    // Each thread's own, on their way: chunks of k, both halves of a tile of outputs.
+    uint4 weights[kBase ? kWarps : 1][kAhead][2 * kOutputTiles][32];
+    float parts[kParts][8 * kRowTiles][kOutputs + 4];
+  };
   uint32_t words[kStaged][kOutputs];
-  Table tables[kStaged];
+  float4 levels[kStaged];
   int page[kNumbered];
   // By row; where a row is the first with its slot: its pages are number `begin` .. `begin + count` of the batch's.
   int slot[32 * R::kHalves], begin[32 * R::kHalves], count[32 * R::kHalves];
@@ -72,20 +77,31 @@ struct Shared {
   }
 };
 
-// Four levels over the largest, which goes into h: float16 holds them whatever their size. Returns that largest. What
-// is no finite number goes into h alone, which only the rows of its slot have; in the table it would reach all of them.
-template <class T>
-__device__ __forceinline__ float load_table(const uint32_t* page, int levels, Table& table) {
+// A page's four levels of one factor.
+__device__ __forceinline__ float4 load_levels(const uint32_t* page, int levels) {
+  return __ldg(reinterpret_cast<const float4*>(page + levels));
+}
+
+// Four levels over the largest, which goes into h: float16 holds them whatever their size. What is no finite number
+// goes into h alone, which only the rows of its slot have; in the table it would reach all of them.
+struct Scaled {
+  float largest;
+  float4 levels;
+};
+__device__ __forceinline__ Scaled scaled(const float4& v) {
   constexpr float kSmallest = 1.17549435e-38f;  // below, the reciprocal is no finite number
-  const float4 v = __ldg(reinterpret_cast<const float4*>(page + levels));
   const float all = fabsf(v.x) + fabsf(v.y) + fabsf(v.z) + fabsf(v.w);
   const bool finite = all <= 3.0e38f;
   const float largest = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
   const bool usable = finite && largest >= kSmallest;
-  const float inverse = usable ? 1.0f / largest : 0.0f;
-  const float x = finite ? v.x : 0.0f, y = finite ? v.y : 0.0f, z = finite ? v.z : 0.0f, w = finite ? v.w : 0.0f;
-  table = {pack<T>(x * inverse, y * inverse), pack<T>(z * inverse, w * inverse)};
-  return usable ? largest : finite ? 0.0f : all;
+  const float inverse = usable ? reciprocal(largest) : 0.0f;
+  const auto over = [&](float level) { return finite ? level * inverse : 0.0f; };
+  return {usable ? largest : finite ? 0.0f : all, {over(v.x), over(v.y), over(v.z), over(v.w)}};
+}
+template <class T>
+__device__ __forceinline__ Table table_of(const float4& levels) {
+  const float4 v = scaled(levels).levels;
+  return {pack<T>(v.x, v.y), pack<T>(v.z, v.w)};
 }
 
 // What the batch consists of: the first row of each distinct slot, and its pages. By one warp, the same in all blocks.

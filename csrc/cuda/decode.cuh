@@ -1,9 +1,8 @@
 // One launch for a personalised linear of few rows: y = x W^T + bias + ((x V) * s) U^T, each row with its own slot.
 //
 // Decoding is bound by the bytes of W, and a second launch would cost as much as the delta. So every block streams the
-// weights of a few outputs, its warps each a part of K (or, where rows are many, of the outputs), straight into the
-// registers of matrix instructions (W is read once, so shared memory would only be a detour). Beside them one warp or
-// several find the batch's distinct slots, shrink, fetch the block's part of U, and wait for h; the expand is then
+// weights of a few outputs, its warps each a part of K (or, where rows are many, of the outputs). Beside them one warp
+// or several find the batch's distinct slots, shrink, fetch the block's part of U, and wait for h; the expand is then
 // further steps on the accumulators of the base.
 //
 // How blocks agree, without a deadlock whatever the grid, the occupancy, and the order in which blocks run: the shrink
@@ -78,9 +77,9 @@ __device__ __forceinline__ Place place_of_block(const DecodeProblem& p) {
 // whole 16 bytes.
 template <class T, int kRowTiles, int kOutputTiles, int kGroups, int kWarps, bool kBase>
 __device__ __forceinline__ void decode_block(const DecodeProblem& p,
-                                             Shared<kRowTiles, kOutputTiles, kGroups, kWarps>& shared) {
+                                             Shared<kRowTiles, kOutputTiles, kGroups, kWarps, kBase>& shared) {
   static_assert(kWarps % kGroups == 0);
-  using S = Shared<kRowTiles, kOutputTiles, kGroups, kWarps>;
+  using S = Shared<kRowTiles, kOutputTiles, kGroups, kWarps, kBase>;
   constexpr int kOutputs = S::kOutputs, kThreads = 32 * (kWarps + S::kBeside), kParts = kWarps / kGroups;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   // The groups' warps of one part of k are neighbours, and read the same x at about the same time.
@@ -109,8 +108,8 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
   } else {
     if constexpr (kBase) {
       const Place at = place_of_block(p);
-      base_sums<T, kRowTiles, kOutputTiles, kWarps>(p, at.in_n * kOutputs + offset, at.slice * kParts + own,
-                                                    p.slices * kParts, sums);
+      base_sums<T, kRowTiles, kOutputTiles, S::kAhead>(p, at.in_n * kOutputs + offset, at.slice * kParts + own,
+                                                       p.slices * kParts, shared.weights[warp], sums);
     } else {
       wait_for_kernel_before();
     }
@@ -152,7 +151,7 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
     if (threadIdx.x == 0) {
       const uint32_t bound = p.slices - 1;
       uint32_t* const arrivals = p.counters + kArrivals + static_cast<int64_t>(p.m) * p.list_length;
-      shared.last = fetch_increment(arrivals + place_in_n, bound) == bound;
+      shared.last = increment_is_last(arrivals + place_in_n, bound);
     }
     __syncthreads();
     if (!shared.last) return;
@@ -191,7 +190,8 @@ template <class T, int kRowTiles, int kOutputTiles, int kGroups, int kWarps, boo
 __global__ void __launch_bounds__(32 * (kWarps + warps_beside(kGroups)),
                                   resident_blocks(kRowTiles, kOutputTiles, kWarps))
     decode_kernel(const __grid_constant__ DecodeProblem p) {
-  __shared__ Shared<kRowTiles, kOutputTiles, kGroups, kWarps> shared;
+  extern __shared__ uint4 memory[];  // more than a block has unasked
+  auto& shared = *reinterpret_cast<Shared<kRowTiles, kOutputTiles, kGroups, kWarps, kBase>*>(memory);
   // For older targets of a build there is nothing here; dts_fast/gpu.py does not ask for it.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   decode_block<T, kRowTiles, kOutputTiles, kGroups, kWarps, kBase>(p, shared);

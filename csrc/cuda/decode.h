@@ -91,6 +91,12 @@ constexpr int resident_blocks(int row_tiles, int output_tiles, int warps) {
 // groups (many rows, so perhaps many adapters) one for each.
 constexpr int warps_beside(int groups) { return groups > 1 ? groups : 1; }
 
+// Chunks of k whose weights a warp has under way: with two blocks or 16 warps on a multiprocessor some 64 to 100 KiB, in
+// the 99 KiB that a block may have on every architecture.
+constexpr int chunks_ahead(int output_tiles, int warps) {
+  return warps == 4 ? 8 : output_tiles == 1 ? 6 : output_tiles == 2 && warps == 7 ? 4 : 3;
+}
+
 // Parts of k that the shrink of a page is cut into. A function of k alone, so that h does not depend on the batch.
 constexpr int kSplit = 512;
 inline int choose_splits(int64_t k) { return static_cast<int>(k < 64 * kSplit ? (k + kSplit - 1) / kSplit : 64); }

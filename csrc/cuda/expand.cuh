@@ -14,7 +14,7 @@ __device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, 
   const int staged = min(shared.pages, S::kStaged);
   for (int q = 0; q < staged; q += kAtOnce) {
     uint32_t words[kAtOnce][kWords];
-    Table tables[kAtOnce];
+    float4 levels[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const uint32_t* const page = p.pages + shared.page[min(q + i, staged - 1)] * p.page_words;
@@ -23,7 +23,7 @@ __device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, 
         const int output = 32 * w + lane;
         words[i][w] = output < kOutputs && first + output < p.n ? __ldg(page + p.u_tiles + first + output) : 0;
       }
-      load_table<T>(page, kULevels, tables[i]);
+      levels[i] = load_levels(page, kULevels);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -32,13 +32,13 @@ __device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, 
       for (int w = 0; w < kWords; ++w) {
         if (32 * w + lane < kOutputs) shared.words[q + i][32 * w + lane] = words[i][w];
       }
-      if (lane == 0) shared.tables[q + i] = tables[i];
+      if (lane == 0) shared.levels[q + i] = levels[i];
     }
   }
   for (int number = staged + lane; number < min(shared.pages, S::kNumbered); number += 32) {
     const uint32_t* const page = p.pages + shared.page[number] * p.page_words;
     prefetch(page + kULevels);
-    for (int output = first; output < min(first + kOutputs, p.n); output += 32) prefetch(page + p.u_tiles + output);
+    for (int output = first; output < min(first + kOutputs, p.n); output += 8) prefetch(page + p.u_tiles + output);
   }
 }
 
@@ -80,7 +80,7 @@ template <int kRowTiles, int kOutputTiles, int kPages>
 struct Expansion {
   uint2 h[kPages][kRowTiles];
   uint32_t words[kPages][kOutputTiles][2];
-  Table tables[kPages];
+  float4 levels[kPages];
   typename Rows<kRowTiles>::Set users[kPages];
 };
 
@@ -93,26 +93,17 @@ __device__ __forceinline__ void fetch_expansion(const DecodeProblem& p, int firs
   const int lane = here(threadIdx.x & 31), t = place(lane), g = quad(lane);
   const int64_t width = static_cast<int64_t>(kRanks) * here(p.list_length);
   to = {};
+  // First all of what lies in memory, then h: what is waited for last does not keep the rest from being asked for.
+  int row[kPages], at[kPages];
 #pragma unroll
   for (int i = 0; i < kPages; ++i) {
-    if (next.done()) continue;
-    const typename R::Set same = to.users[i] = shared.same[next.row];
-#pragma unroll
-    for (int j = 0; j < kRowTiles; ++j) {
-      if (R::has(same, 8 * j + g)) {
-        const T* const h = static_cast<const T*>(p.h) + (8 * j + g) * width + next.at * kRanks + 4 * t;
-        to.h[i][j] = __ldcg(reinterpret_cast<const uint2*>(h));  // written in this launch: not from this level's cache
-      }
-    }
-    const int number = shared.begin[next.row] + next.at;
+    row[i] = next.done() ? -1 : next.row, at[i] = next.at;
+    if (row[i] < 0) continue;
+    to.users[i] = shared.same[row[i]];
+    const int number = shared.begin[row[i]] + at[i];
     const bool staged = number < S::kStaged;
-    const uint32_t* page = nullptr;
-    if (staged) {
-      to.tables[i] = shared.tables[number];
-    } else {
-      page = shared.page_at(p, number, next.row, next.at);
-      load_table<T>(page, kULevels, to.tables[i]);
-    }
+    const uint32_t* const page = staged ? nullptr : shared.page_at(p, number, row[i], at[i]);
+    to.levels[i] = staged ? shared.levels[number] : load_levels(page, kULevels);
 #pragma unroll
     for (int o = 0; o < kOutputTiles; ++o) {
 #pragma unroll
@@ -124,6 +115,17 @@ __device__ __forceinline__ void fetch_expansion(const DecodeProblem& p, int firs
       }
     }
     next.advance();
+  }
+#pragma unroll
+  for (int i = 0; i < kPages; ++i) {
+    if (row[i] < 0) continue;
+#pragma unroll
+    for (int j = 0; j < kRowTiles; ++j) {
+      if (R::has(to.users[i], 8 * j + g)) {
+        const T* const h = static_cast<const T*>(p.h) + (8 * j + g) * width + at[i] * kRanks + 4 * t;
+        to.h[i][j] = __ldcg(reinterpret_cast<const uint2*>(h));  // written in this launch: not from this level's cache
+      }
+    }
   }
 }
 
@@ -146,10 +148,11 @@ __device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, i
       const auto& have = all[now];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
+        const Table table = table_of<T>(have.levels[i]);
 #pragma unroll
         for (int o = 0; o < kOutputTiles; ++o) {
-          const Pairs top = decode(have.tables[i], expand_codes(have.words[i][o][0], t));
-          const Pairs bottom = decode(have.tables[i], expand_codes(have.words[i][o][1], t));
+          const Pairs top = decode(table, expand_codes(have.words[i][o][0], t));
+          const Pairs bottom = decode(table, expand_codes(have.words[i][o][1], t));
 #pragma unroll
           for (int j = 0; j < kRowTiles; ++j) {
             if (kRowTiles >= 4 && !R::meets(have.users[i], j)) continue;

@@ -7,8 +7,24 @@ namespace dts_fast::cuda {
 
 namespace {
 
-template <class T, int kRowTiles, int kOutputTiles, int kGroups, int kWarps>
-cudaError_t launch(const DecodeProblem& p, cudaStream_t stream) {
+// Lets the current device's blocks of a kernel have more shared memory than they get unasked; asked for once.
+template <class Kernel>
+cudaError_t allow_shared(Kernel* kernel, std::atomic<uint64_t>& allowed, int bytes) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess || (device < 64 && (allowed.load() >> device & 1))) return error;
+  const cudaError_t result = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (result == cudaSuccess && device < 64) allowed |= uint64_t{1} << device;
+  return result;
+}
+
+template <class T, int kRowTiles, int kOutputTiles, int kGroups, int kWarps, bool kBase>
+cudaError_t launch_kernel(const DecodeProblem& p, cudaStream_t stream) {
+  constexpr auto kernel = decode_kernel<T, kRowTiles, kOutputTiles, kGroups, kWarps, kBase>;
+  constexpr int kShared = sizeof(Shared<kRowTiles, kOutputTiles, kGroups, kWarps, kBase>);
+  static_assert(kShared <= 99 * 1024, "what a block may have on every architecture");
+  static std::atomic<uint64_t> allowed{0};  // devices, as bits
+  if (const cudaError_t error = allow_shared(kernel, allowed, kShared)) return error;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -16,12 +32,17 @@ cudaError_t launch(const DecodeProblem& p, cudaStream_t stream) {
   config.gridDim =
       dim3(static_cast<unsigned>(blocks_of({kRowTiles, kOutputTiles, kGroups, kWarps, 1}, p.n) * p.slices));
   config.blockDim = dim3(32 * (kWarps + warps_beside(kGroups)));
+  config.dynamicSmemBytes = kShared;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = p.dependent ? 1 : 0;
-  const cudaError_t error =
-      p.base ? cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kGroups, kWarps, true>, p)
-             : cudaLaunchKernelEx(&config, decode_kernel<T, kRowTiles, kOutputTiles, kGroups, kWarps, false>, p);
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <class T, int kRowTiles, int kOutputTiles, int kGroups, int kWarps>
+cudaError_t launch(const DecodeProblem& p, cudaStream_t stream) {
+  const cudaError_t error = p.base ? launch_kernel<T, kRowTiles, kOutputTiles, kGroups, kWarps, true>(p, stream)
+                                   : launch_kernel<T, kRowTiles, kOutputTiles, kGroups, kWarps, false>(p, stream);
   if (error != cudaSuccess) cudaGetLastError();  // reported here: not to be found by whoever asks next
   return error;
 }

@@ -40,22 +40,34 @@ __device__ __forceinline__ uint64_t read_once_policy() {
   return policy;
 }
 
-__device__ __forceinline__ uint4 load_once(const void* p, uint64_t policy) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p), "l"(policy));
-  return v;
+// Copies of 16 bytes to shared memory (zeros where they are not `there`), past the first-level cache. They are counted
+// in groups, which end in their order: a wait for the oldest leaves the others under way. (Loads to registers are not:
+// what a compiler waits for is that all have come that it has given one of six numbers.)
+__device__ __forceinline__ void copy_once(uint4* to, const void* from, bool there, uint64_t policy) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to)), bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
+               :
+               : "r"(at), "l"(from), "r"(bytes), "l"(policy)
+               : "memory");
+}
+__device__ __forceinline__ void end_group_of_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+// Returns when all groups but the last kLeft have come, for what this thread has copied.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kLeft) : "memory");
 }
 
 // What the kernel before this one may have written: a load that stays behind the wait for it (`__ldg` need not), and
 // goes through the first-level cache, where a block's warps share x.
-__device__ __forceinline__ uint4 load_result(const uint4* p) {
-  uint4 v;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
+// Zeros where it is not `there`: without a branch, which would keep what comes behind it from being loaded meanwhile.
+__device__ __forceinline__ uint4 load_result(const uint4* p, bool there) {
+  uint4 v = {};
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
+      "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(p), "r"(static_cast<uint32_t>(there))
+      : "memory");
   return v;
 }
 __device__ __forceinline__ int load_result(const int* p) {
@@ -123,6 +135,23 @@ __device__ __forceinline__ void meet(int threads) {
 // it, and needs no one to reset it.
 __device__ __forceinline__ void increment_release(uint32_t* p, uint32_t bound) {
   asm volatile("red.release.gpu.global.inc.u32 [%0], %1;" : : "l"(p), "r"(bound) : "memory");
+}
+
+// The same, and whether that was the last one, which then has what was released by those before it. Only the last one
+// acquires: that empties the first-level cache, in which others have x.
+__device__ __forceinline__ bool increment_is_last(uint32_t* p, uint32_t bound) {
+  uint32_t old;
+  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(bound) : "memory");
+  if (old != bound) return false;
+  asm volatile("fence.acq_rel.gpu;" : : : "memory");
+  return true;
+}
+
+// 1 / v for a v that is no denormal number, without the branch that a division has.
+__device__ __forceinline__ float reciprocal(float v) {
+  float out;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
 }
 
 __device__ __forceinline__ uint32_t fetch_increment(uint32_t* p, uint32_t bound) {

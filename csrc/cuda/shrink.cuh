@@ -12,7 +12,7 @@ __device__ __forceinline__ void add(float4& sum, const float4& part) {
 // x V of one page for some of 8 kTiles rows, the first of them at `x`, over the chunks [begin, end) of k, by one warp:
 // sums [16 ranks, 8 rows].
 template <class T, int kTiles>
-__device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32_t* page, const Table& table,
+__device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32_t* page, const float4& levels,
                                             const T* x, uint32_t rows, int begin, int end, float (&sums)[kTiles][4]) {
   // Codes come from memory, as many at once as registers hold, for one tile of rows a whole split's. x comes from a
   // cache, where there is much of it while others are multiplied.
@@ -30,9 +30,9 @@ __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32
       const int chunk = first + stage * kInputs + i, k = chunk * kChunk + 8 * t;
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        xs[stage % kBuffers][i][j] = chunk < end && k < p.k && mine[j]
-                                         ? load_result(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k))
-                                         : uint4{};
+        const bool there = chunk < end && k < p.k && mine[j];
+        xs[stage % kBuffers][i][j] =
+            load_result(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k), there);
       }
     }
   };
@@ -46,6 +46,7 @@ __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32
       }
     }
     if (kBuffers > 1) load_inputs(first, 0);
+    const Table table = table_of<T>(levels);  // behind the loads of codes, whose way is as long
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
       if (stage + kBuffers - 1 < kStages) load_inputs(first, stage + kBuffers - 1);
@@ -78,17 +79,17 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, const S& sh
   const int64_t entry = static_cast<int64_t>(shared.slot[first]) * p.list_length + place_in_list;
   const float* const s = reinterpret_cast<const float*>(page + kScales);
   const float weight = __ldg(p.slot_weights + entry), s0 = __ldg(s + g), s1 = __ldg(s + g + 8);
-  Table v, u;
-  const float scale = weight * load_table<T>(page, kULevels, u) * load_table<T>(page, kVLevels, v);
+  const float4 u = load_levels(page, kULevels), v = load_levels(page, kVLevels);
   const int chunks = (here(p.k) + kChunk - 1) / kChunk, span = (chunks + p.splits - 1) / p.splits;
   const int64_t width = static_cast<int64_t>(kRanks) * here(p.list_length);
-  const float scales[2] = {scale * s0, scale * s1};
   T* const h = static_cast<T*>(p.h);
   constexpr int kTiles = kRowTiles < 4 ? kRowTiles : 4;
   const auto shrink_rows = [&](uint32_t rows, int before) {
     float sums[kTiles][4] = {};
     shrink_page<T, kTiles>(p, page, v, static_cast<const T*>(p.x) + before * p.x_stride, rows, split * span,
                            min((split + 1) * span, chunks), sums);
+    const float scale = weight * scaled(u).largest * scaled(v).largest;
+    const float scales[2] = {scale * s0, scale * s1};
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -118,10 +119,9 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, const S& sh
   // Whoever comes last adds up all splits, in their order. What the warp has stored is released with lane 0's count,
   // and what others have is acquired with it.
   __syncwarp();
-  uint32_t arrived = 0;
-  if (lane == 0)
-    arrived = fetch_increment(p.counters + kArrivals + first * p.list_length + place_in_list, p.splits - 1);
-  if (__shfl_sync(0xffffffff, arrived, 0) != static_cast<uint32_t>(p.splits - 1)) return;
+  uint32_t* const arrivals = p.counters + kArrivals + first * p.list_length + place_in_list;
+  const int last = lane == 0 && increment_is_last(arrivals, p.splits - 1);
+  if (!__shfl_sync(0xffffffff, last, 0)) return;
   __syncwarp();
   // Four columns a lane, eight rows at a time: few trips to memory, as all blocks may be waiting for this.
   const int splits = here(p.splits);

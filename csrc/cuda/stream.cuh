@@ -1,4 +1,6 @@
-// The base: weights streamed from memory into the registers of matrix instructions.
+// The base: weights streamed from memory to matrix instructions, chunk behind chunk. Asynchronous copies keep the
+// memory busy whatever a compiler makes of the loop: it waits for the oldest chunk by number, and the others stay under
+// way.
 #pragma once
 
 #include "decode.h"
@@ -9,28 +11,16 @@
 
 namespace dts_fast::cuda {
 
-// Chunks of k whose weights a thread has under way together: as many as its registers hold where 16 warps share a
-// multiprocessor, or fewer, which then keep some 32 to 96 KiB on their way.
-DTS_FAST_BOTH constexpr int ahead(int row_tiles, int output_tiles, int warps) {
-  if (row_tiles >= 4) return output_tiles == 4 ? 2 : warps == 4 && row_tiles == 4 ? 6 : 4;
-  return row_tiles == 1 && output_tiles == 1 ? 6 : 3;
-}
-// And chunks of x, which comes from a cache: fewer where rows are many.
-DTS_FAST_BOTH constexpr int ahead_of_x(int row_tiles, int output_tiles, int warps) {
-  return row_tiles >= 4 ? ahead(row_tiles, output_tiles, warps) / (output_tiles == 4 ? 1 : 2)
-                        : ahead(row_tiles, output_tiles, warps);
-}
-
-// The warp's outputs begin at `first`. Sums over part number `part` of `parts` of k, an even share.
-template <class T, int kRowTiles, int kOutputTiles, int kWarps>
+// The warp's outputs begin at `first`. Sums over part number `part` of `parts` of k, an even share. Weights come
+// through shared memory, `ring` [chunk][half of a tile of outputs][lane], of which every thread reads what it has
+// copied itself: no one else waits for it.
+template <class T, int kRowTiles, int kOutputTiles, int kAhead>
 __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int part, int parts,
+                                          uint4 (*ring)[2 * kOutputTiles][32],
                                           float (&sums)[kOutputTiles][kRowTiles][4]) {
-  constexpr int kAhead = ahead(kRowTiles, kOutputTiles, kWarps);
-  constexpr int kAheadOfX = ahead_of_x(kRowTiles, kOutputTiles, kWarps);
-  static_assert(kAhead % kAheadOfX == 0);
   const int lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
   const uint64_t policy = read_once_policy();
-  const T* const x = static_cast<const T*>(p.x) + 8 * t;
+  const T* const x = static_cast<const T*>(p.x) + g * p.x_stride + 8 * t;
   const T* rows[kOutputTiles][2];
 #pragma unroll
   for (int o = 0; o < kOutputTiles; ++o) {
@@ -44,64 +34,73 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int
   const int chunks = (p.k + kChunk - 1) / kChunk;
   const int begin = static_cast<int>(static_cast<int64_t>(chunks) * part / parts);
   const int end = static_cast<int>(static_cast<int64_t>(chunks) * (part + 1) / parts);
+  const auto inside = [&](int chunk) { return chunk < end && chunk * kChunk + 8 * t < p.k; };
+  const auto copy_weights = [&](int slot, int chunk) {
+    const bool there = inside(chunk);
+#pragma unroll
+    for (int o = 0; o < kOutputTiles; ++o) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // What is not there is not read; its address is one that could be.
+        copy_once(&ring[slot][2 * o + half][lane], rows[o][half] + (there ? chunk * kChunk : -8 * t), there, policy);
+      }
+    }
+    end_group_of_copies();
+  };
   if (p.dependent) {
-    // W is no other kernel's result: it comes nearer while the one that computes x still runs.
+    // W is hardly another kernel's result: it comes nearer while the one that computes x still runs.
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
 #pragma unroll
       for (int o = 0; o < kOutputTiles; ++o) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int k = (begin + i) * kChunk;
-          if (begin + i < end && k + 8 * t < p.k) prefetch(rows[o][half] + k);
+          if (inside(begin + i)) prefetch(rows[o][half] + (begin + i) * kChunk);
         }
       }
     }
   }
   wait_for_kernel_before();
-  uint4 w[kAhead][kOutputTiles][2] = {}, xs[kAheadOfX][kRowTiles] = {};
-  const auto inside = [&](int chunk) { return chunk < end && chunk * kChunk + 8 * t < p.k; };
-  const auto load_weights = [&](int i, int chunk) {
-    const bool there = inside(chunk);
 #pragma unroll
-    for (int o = 0; o < kOutputTiles; ++o) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        w[i][o][half] = there ? load_once(rows[o][half] + chunk * kChunk, policy) : uint4{};
-      }
-    }
-  };
-  const auto load_inputs = [&](int i, int chunk) {
+  for (int i = 0; i < kAhead; ++i) copy_weights(i, begin + i);
+  uint4 xs[2][kRowTiles];
+  const auto load_inputs = [&](int which, int chunk) {
     const bool there = inside(chunk);
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j) {
-      xs[i][j] = there && 8 * j + g < p.m
-                     ? load_result(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + chunk * kChunk))
-                     : uint4{};
+      const T* const at = x + 8 * j * p.x_stride + chunk * kChunk;
+      xs[which][j] = load_result(reinterpret_cast<const uint4*>(at), there && 8 * j + g < p.m);
     }
   };
+  load_inputs(0, begin);
+  load_inputs(1, begin + 1);
+  // Two chunks at a time, the second of which may be zeros: no branch, so that x of the next two is on its way.
+  int slot = 0;
+  for (int at = begin; at < end; at += 2) {
+    wait_for_copies<kAhead - 2>();
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) load_weights(i, begin + i);
+    for (int which = 0; which < 2; ++which) {
+      uint4 w[kOutputTiles][2];
 #pragma unroll
-  for (int i = 0; i < kAheadOfX; ++i) load_inputs(i, begin + i);
-  // A chunk's registers are filled again as soon as it has been multiplied, so that loads never pause.
-  for (int at = begin; at < end; at += kAhead) {
+      for (int o = 0; o < kOutputTiles; ++o) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (at + i >= end) continue;
+        for (int half = 0; half < 2; ++half) w[o][half] = ring[slot][2 * o + half][lane];
+      }
 #pragma unroll
       for (int j = 0; j < kRowTiles; ++j) {
+        const uint4 in = xs[which][j];
 #pragma unroll
         for (int o = 0; o < kOutputTiles; ++o) {
-          const uint4 top = w[i][o][0], bottom = w[i][o][1], in = xs[i % kAheadOfX][j];
-          mma<T>(sums[o][j], top.x, bottom.x, top.y, bottom.y, in.x, in.y);
-          mma<T>(sums[o][j], top.z, bottom.z, top.w, bottom.w, in.z, in.w);
+          mma<T>(sums[o][j], w[o][0].x, w[o][1].x, w[o][0].y, w[o][1].y, in.x, in.y);
+          mma<T>(sums[o][j], w[o][0].z, w[o][1].z, w[o][0].w, w[o][1].w, in.z, in.w);
         }
       }
-      load_weights(i, at + i + kAhead);
-      load_inputs(i % kAheadOfX, at + i + kAheadOfX);
+      load_inputs(which, at + which + 2);
+      copy_weights(slot, at + which + kAhead);
+      slot = slot + 1 < kAhead ? slot + 1 : 0;
     }
   }
+  wait_for_copies<0>();  // the memory is used for something else
 }
 
 }  // namespace dts_fast::cuda

@@ -51,7 +51,15 @@ struct Block {
   std::vector<char> shared;
 };
 
+// A copy that is under way: it happens when it is waited for, and not before.
+struct Copy {
+  void* to;
+  const void* from;  // null for zeros
+  size_t bytes;
+};
+
 struct Fiber {
+  std::vector<std::vector<Copy>> groups{{}};  // of copies, the last one open
   ucontext_t context;
   std::vector<char> stack;
   Block* block;
@@ -93,6 +101,21 @@ inline void exchange(const uint32_t (&mine)[kWords], uint32_t (&all)[32][8]) {
   meet(w.arrived, w.turn, 32);
   std::memcpy(all, w.words, sizeof all);
   meet(w.arrived, w.turn, 32);
+}
+
+inline void copy(void* to, const void* from, size_t bytes) {
+  std::memset(to, 0xff, bytes);  // whoever reads it too early gets NaN
+  running->groups.back().push_back({to, from, bytes});
+}
+inline void end_group() { running->groups.emplace_back(); }
+inline void wait_for_groups(size_t left) {
+  auto& groups = running->groups;
+  while (groups.size() > left + 1) {
+    for (const Copy& each : groups.front()) {
+      each.from ? std::memcpy(each.to, each.from, each.bytes) : std::memset(each.to, 0, each.bytes);
+    }
+    groups.erase(groups.begin());
+  }
 }
 
 inline void entry() {

@@ -50,13 +50,19 @@ inline void mma(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_
 
 inline uint64_t read_once_policy() { return 0; }
 inline void prefetch(const void*) {}
+inline void copy_once(uint4* to, const void* from, bool there, uint64_t) {
+  emulated::copy(to, there ? from : nullptr, sizeof *to);
+}
+inline void end_group_of_copies() { emulated::end_group(); }
+template <int kLeft>
+inline void wait_for_copies() {
+  emulated::wait_for_groups(kLeft);
+}
+inline float reciprocal(float v) { return 1.0f / v; }
 inline void wait_for_kernel_before() {}
 inline void let_next_kernel_begin() {}
-template <class V>
-inline V load_result(const V* p) {
-  return __ldg(p);
-}
-inline uint4 load_once(const void* p, uint64_t) { return __ldg(static_cast<const uint4*>(p)); }
+inline int load_result(const int* p) { return *p; }
+inline uint4 load_result(const uint4* p, bool there) { return there ? __ldg(p) : uint4{}; }
 inline void wait_for(const uint32_t* p, uint32_t number) {
   while (*p < number) emulated::yield();
 }
@@ -73,6 +79,7 @@ inline uint32_t fetch_increment(uint32_t* p, uint32_t bound) {
   ++emulated::events;
   return old;
 }
+inline bool increment_is_last(uint32_t* p, uint32_t bound) { return fetch_increment(p, bound) == bound; }
 inline void increment_release(uint32_t* p, uint32_t bound) { fetch_increment(p, bound); }
 
 }  // namespace dts_fast::cuda
@@ -155,7 +162,7 @@ void run(const Case& c) {
   p.slices = shape.slices, p.slice_partial = slice_partial.data();
   const auto blocks = static_cast<unsigned>(blocks_of(shape, c.n) * shape.slices);
   p.partial = partial.data(), p.h = aligned(h), p.counters = counters.data();
-  using Memory = Shared<kRowTiles, kOutputTiles, kGroups, kWarps>;
+  using Memory = Shared<kRowTiles, kOutputTiles, kGroups, kWarps, kBase>;
   const auto launch = [&] {
     return emulated::launch(blocks, 32 * (kWarps + warps_beside(kGroups)), c.resident, generator(), sizeof(Memory),
                             [&](emulated::Block& block) {
@@ -246,7 +253,7 @@ void run_many(int count) {
     run<kRowTiles, kOutputTiles, kGroups, kWarps, false>(c);
   }
   // Every loop more than once: refilled registers, more pages than warps and than are staged, more than one split.
-  const int k = 32 * (2 * ahead(kRowTiles, kOutputTiles, kWarps) * kWarps / kGroups + 3) + 8;
+  const int k = 32 * (2 * chunks_ahead(kOutputTiles, kWarps) * kWarps / kGroups + 3) + 8;
   const Case large = {8 * kRowTiles - 1, 16 * kOutputTiles * kGroups + 1, k, 3, 2 * kWarps + 6, choose_splits(k), 2, 2};
   run<kRowTiles, kOutputTiles, kGroups, kWarps, true>(large);
 }
