@@ -91,8 +91,8 @@ constexpr int resident_blocks(int row_tiles, int output_tiles, int warps) {
 // groups (many rows, so perhaps many adapters) one for each.
 constexpr int warps_beside(int groups) { return groups > 1 ? groups : 1; }
 
-// Chunks of k whose weights a warp has under way: with two blocks or 16 warps on a multiprocessor some 64 to 100 KiB, in
-// the 99 KiB that a block may have on every architecture.
+// Chunks of k whose weights a warp has under way: with two blocks or 16 warps on a multiprocessor some 64 to 100 KiB,
+// in the 99 KiB that a block may have on every architecture.
 constexpr int chunks_ahead(int output_tiles, int warps) {
   return warps == 4 ? 8 : output_tiles == 1 ? 6 : output_tiles == 2 && warps == 7 ? 4 : 3;
 }

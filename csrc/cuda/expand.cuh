@@ -134,7 +134,7 @@ template <class T, int kRowTiles, int kOutputTiles, class S>
 __device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, int offset, int part, int parts,
                                             const S& shared, float (&sums)[kOutputTiles][kRowTiles][4]) {
   using R = Rows<kRowTiles>;
-  constexpr int kAtOnce = kRowTiles >= 4 ? 1 : 2;
+  constexpr int kAtOnce = kRowTiles == 4 ? 3 : 2;
   const int lane = here(threadIdx.x & 31), t = place(lane);
   PagesOfWarp<kRowTiles, S> next(shared, lane, part, parts);
   if (next.done()) return;
