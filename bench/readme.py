@@ -304,14 +304,16 @@ def machine_code() -> str:
             tiles, outputs, groups, warps = row["shape"]
             block = f"{8 * tiles} rows, {16 * outputs * groups} outputs, {warps} + {groups} warps"
             block += "" if row["base"] else ", no base"
+            shared = "<= 99 KiB, dynamic"
         else:
+            shared = row["shared"]
             c = row["config"]
             block = f"{c['block_m']} x {c['block_n']} x {c['block_k']}, {c['pages']} pages, {c['warps']} warps"
             if row["kernel"] == "shrink_kernel":
                 block = f"{c['block_m']} x {c['shrink_block_k']}, {c['shrink_pages']} pages, {c['splits']} splits"
         name = "CUDA decode" if row["kernel"] == "decode_kernel" else f"Triton {row['kernel'].removesuffix('_kernel')}"
         out.append(
-            f"| {name} | {block} | {row['registers']} | {row['shared']} | {row['local']} | {row['mma']} | "
+            f"| {name} | {block} | {row['registers']} | {shared} | {row['local']} | {row['mma']} | "
             f"{row['instructions']} |"
         )
     worst = max(row["local"] for row in rows)
