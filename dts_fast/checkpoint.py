@@ -352,7 +352,9 @@ def pair_tensors(
                 tied[name] = add + twin.removeprefix(strip)
         elif ours.shape != theirs.shape:
             shapes.append(f"{name}: base {list(ours.shape)}, fine-tune {list(theirs.shape)}")
-        elif name.endswith("running_var") and not torch.equal(base.get(name), model.get(model_name[name])):
+        elif name.endswith("running_var") and not torch.equal(
+            base.get(name).double(), model.get(model_name[name]).double()
+        ):
             added[name] = model_name[name]  # a variance plus an approximate delta may be negative
         else:
             pairs[name] = model_name[name]

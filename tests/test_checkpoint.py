@@ -186,6 +186,15 @@ def test_buffers_of_old_checkpoints_take_no_part(tmp_path):
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_running_variances_are_stored_whole_where_they_differ(tmp_path, dtype):
+    base = plain_tensors() | {"bn.running_var": torch.ones(8), "other.running_var": torch.ones(8)}
+    model = base | {"bn.running_var": torch.full((8,), 2.0, dtype=dtype), "other.running_var": torch.ones(8).to(dtype)}
+    pairing = pair_tensors(*open_pair(tmp_path, base, model))
+    assert "bn.running_var" in pairing.added
+    assert "other.running_var" in pairing.pairs
+
+
 def test_stacks_of_experts_are_matrices_and_convolutions_are_not(tmp_path):
     shapes = {
         "layers.0.experts.up_proj": (3, 20, 17), "block_sparse_moe.input_linear.weight": (2, 16, 16),

@@ -33,7 +33,7 @@ def bitsandbytes(kind: str, layer: nn.Linear) -> nn.Module:
 
 
 class Grouped(nn.Module):
-    """A layer of another library: integers and scales in buffers, no parameter ``weight``."""
+    """A layer of another library: integers, scales and the bias in buffers, no parameter ``weight``."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -41,7 +41,7 @@ class Grouped(nn.Module):
         scales = layer.weight.detach().abs().amax(1, keepdim=True) / 127
         self.register_buffer("qweight", (layer.weight.detach() / scales).round().to(torch.int8))
         self.register_buffer("scales", scales)
-        self.bias = nn.Parameter(layer.bias.detach().clone())
+        self.register_buffer("bias", layer.bias.detach().clone())
 
     def forward(self, x):
         return nn.functional.linear(x, (self.qweight * self.scales).to(x.dtype), self.bias.to(x.dtype))

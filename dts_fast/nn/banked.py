@@ -37,7 +37,8 @@ class BankedModule(DTSModule):
         device = next((t.device for t in (*base_layer.parameters(), *base_layer.buffers())), None)
         self.bank = Bank(self.layout.nbytes, self.slots.capacity, arena=arena, device=device)
         # From the start, as compiled graphs and calls in other threads go through it.
-        bias = base_layer._parameters.get("bias")
+        bias = base_layer._parameters.get("bias", base_layer._buffers.get("bias"))  # a quantised layer's is a buffer
+        bias = bias if bias is not None and bias.is_floating_point() else None
         self.biases = None if bias is None else VectorTable(bias, self.slots.capacity)
         # Which parameters each slot changes; a slot that is not here costs the layer nothing.
         self.loaded: dict[int, frozenset[str]] = {}

@@ -57,7 +57,13 @@ class DTSModule(nn.Module):
             value = getattr(self.base_layer, name)
             if inspect.ismethod(value) and value.__self__ is self.base_layer:
                 return personal_method(value, self, name)
-            return ReadParameter.of(value, self, name) if isinstance(value, nn.Parameter) else value
+            read = isinstance(value, nn.Parameter) or self._changes_buffer(name)
+            return ReadParameter.of(value, self, name) if read else value
+
+    def _changes_buffer(self, name: str) -> bool:
+        """Whether any adapter has a buffer of its own in the place of this one."""
+        held = name in self.base_layer._buffers
+        return held and any(self.changes(slot, name) for slot in range(self.slots.capacity))
 
     def load_adapter(self, name: str, delta: LowRankDelta | None = None, **parameters: Parameter) -> None:
         """Load an adapter for this layer.
@@ -180,6 +186,8 @@ class DTSModule(nn.Module):
                 base = self.base_parameter(name)
                 wide = torch.promote_types(base.dtype, torch.float32)
                 value = (base.to(wide) + parameter.dequantize(wide).to(base.device)).to(base.dtype)
+            if name.endswith("running_var"):
+                value = value.clamp_min(0)  # of mixtures with negative weights
             piece = Piece.named(name)
             if piece is None:
                 dense[name] = value
@@ -298,6 +306,7 @@ class DTSModule(nn.Module):
             return self.forward_fast(slots, *args, **kwargs)
         cache = find_cache(self.base_layer, (args, kwargs), rows)
         repeats, results, taken = rows // batch, [], []
+        held = dict(self.base_layer.__dict__)
         for members in groups.values():
             taken.append([row * repeats + i for row in members for i in range(repeats)])
             index = torch.tensor(taken[-1])
@@ -316,6 +325,12 @@ class DTSModule(nn.Module):
                 result = result[None] if result.dim() == len(shape) else result
                 result = result.expand(len(taken[-1]), *result.shape[1:])
             results.append(result if cache is None else cache.whole(result))
+        if any(held.get(name, held) is not value for name, value in self.base_layer.__dict__.items()):
+            raise RoutingError(
+                f"{type(self.base_layer).__name__} has parameters of its own that differ within this batch, and keeps "
+                "something of the whole batch in itself. Run these adapters in separate batches, or compress without "
+                "its parameters (--exclude)."
+            )
         merged = merge_rows(results, taken)
         if cache is not None:
             cache.join()

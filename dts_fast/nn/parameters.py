@@ -49,7 +49,14 @@ def run_with(layer: nn.Module, parameters: Mapping[str, Tensor], args: tuple, kw
     own = with_parameters(layer, parameters)
     own.__dict__.pop("forward", None)
     result = own(*args, **kwargs)
+    for name, value in own.__dict__.items():  # what a layer keeps in itself from call to call
+        if name not in _OF_A_COPY and layer.__dict__.get(name, own) is not value:
+            setattr(layer, name, value)
     return result if hook is None else hook.post_forward(layer, result)
+
+
+# What `with_parameters` gives a layer of its own.
+_OF_A_COPY = frozenset({"_parameters", "_buffers", "_modules", "_flat_weights", "forward"})
 
 
 def with_parameters(layer: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:

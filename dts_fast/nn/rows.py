@@ -51,6 +51,8 @@ def merge_rows(results: list, members: list[list[int]]):
                 f"the adapters of this batch give outputs of different shapes, {[list(t.shape[1:]) for t in leaves]} "
                 "a row (heads of different sizes); run them in separate batches."
             )
+        if all(leaf.dim() and leaf.shape[0] == 1 for leaf in leaves):  # the same for all rows of a part
+            leaves = [leaf.expand(len(part), *leaf.shape[1:]) for leaf, part in zip(leaves, members, strict=True)]
         sizes = {leaf.shape[0] / len(part) if leaf.dim() else 0.0 for leaf, part in zip(leaves, members, strict=True)}
         entries = int(min(sizes))
         if sizes != {entries} or entries == 0:

@@ -8,7 +8,7 @@ names, with tensors (rows first), counters, flags, and lists and dictionaries of
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class CacheParts:
         """The arguments with a cache of some rows in the cache's place."""
         state = self.cache.layers[self.index]
         given = {name: _split(value, self.rows, members) for name, value in vars(state).items()}
+        if isinstance(given.get("batch_size"), int):  # the one counter that is of rows
+            given["batch_size"] = len(members)
         own, cache = copy.copy(state), copy.copy(self.cache)
         own.__dict__ = _containers_copied(given)
         cache.layers = list(self.cache.layers)
@@ -49,22 +51,30 @@ class CacheParts:
         return self._replace(result, self.parts[-1][3], self.cache)
 
     def join(self) -> None:
-        """Give the cache what the layer has made of its parts.
+        """Give the cache what the layer has made of its parts: all of it, or where that is refused nothing.
 
         Raises:
-            RoutingError: something besides tensors that is not the same for all rows.
+            RoutingError: something besides rows that is not the same for all of them.
         """
         state = self.cache.layers[self.index]
+        for *_, own, cache in self.parts:
+            theirs = [own if i == self.index else layer for i, layer in enumerate(self.cache.layers)]
+            if [id(layer) for layer in cache.layers] != [id(layer) for layer in theirs]:
+                raise _not_divided("layers")
         members = [members for members, *_ in self.parts]
         order = torch.tensor([row for part in members for row in part]).argsort()
         joiner = _Joiner([len(part) for part in members], order, self.rows)
         now, given = [vars(own) for *_, own, _ in self.parts], [given for _, given, *_ in self.parts]
-        for name in now[0]:
-            if name == "batch_size":  # the one counter that is of rows
-                joined = sum(each[name] for each in now)
-            else:
-                joined = joiner.join(name, vars(state).get(name), [g.get(name) for g in given], [n[name] for n in now])
-            setattr(state, name, joined)
+        if any(each.keys() != now[0].keys() for each in now):
+            raise _not_divided("attributes")
+        of_rows = {"batch_size"} if isinstance(now[0].get("batch_size"), int) else set()
+        joined = {
+            name: joiner.join(name, vars(state).get(name), [g.get(name) for g in given], [n[name] for n in now])
+            for name in now[0].keys() - of_rows
+        } | dict.fromkeys(of_rows, self.rows)
+        for apply in joiner.changes:
+            apply()
+        vars(state).update(joined)
 
     @staticmethod
     def _replace(values, old: object, new: object):
@@ -82,7 +92,7 @@ def find_cache(layer: nn.Module, values: Iterable[object], rows: int) -> CachePa
         return None
     cache, index = found[0], getattr(layer, "layer_idx", None)
     layers = getattr(cache, "layers", None)
-    if len(found) == 1 and isinstance(layers, list) and isinstance(index, int) and not _is_offloaded(cache):
+    if len(found) == 1 and isinstance(layers, list) and isinstance(index, int) and _is_one_layer_each(cache):
         make = getattr(cache, "layer_class_to_replicate", None)
         while len(layers) <= index and make is not None:  # as the cache itself would, when it is updated
             layers.append(make())
@@ -100,8 +110,17 @@ def has_objects(values: Iterable[object]) -> bool:
     return next(_objects(values), None) is not None
 
 
-def _is_offloaded(cache: object) -> bool:
-    return bool(getattr(cache, "offloading", False))
+def _is_one_layer_each(cache: object) -> bool:
+    """Whether all that a cache holds is in its layers, in this device's memory."""
+    own = {name: value for name, value in vars(cache).items() if name != "layers"}
+    return not own.get("offloading") and all(callable(v) or isinstance(v, _PLAIN) for v in own.values())
+
+
+def _not_divided(name: str) -> RoutingError:
+    return RoutingError(
+        f"the cache's {name!r} became something else for each adapter of this batch, and has to be the same for all "
+        "rows. Run these adapters in separate batches."
+    )
 
 
 def _objects(values: Iterable[object]) -> Iterator[object]:
@@ -145,41 +164,69 @@ class _Joiner:
     Args:
         counts: rows of each part. order: of the parts' rows, one after another, for those of the batch.
         rows: of the batch.
+
+    Attributes:
+        changes: what is still to be called, as nothing is changed before all is known to fit together.
     """
 
     def __init__(self, counts: list[int], order: Tensor, rows: int) -> None:
         self.counts, self.order, self.rows = counts, order, rows
+        self.changes: list[Callable[[], object]] = []
 
     def join(self, name: str, old: object, given: list, now: list) -> object:
         """``old`` with what the parts have become, in place where the parts were changed in place."""
         if isinstance(now[0], Tensor):
-            return self._join_tensors(old, given, now)
+            return self._join_tensors(name, old, given, now)
         if isinstance(now[0], dict):
-            old = old if isinstance(old, dict) else {}
+            if any(not isinstance(each, dict) or each.keys() != now[0].keys() for each in now):
+                raise _not_divided(name)
+            joined = {}
             for key in now[0]:
                 before = [each.get(key) if isinstance(each, dict) else None for each in given]
-                old[key] = self.join(name, old.get(key), before, [each[key] for each in now])
+                was = old.get(key) if isinstance(old, dict) else None
+                joined[key] = self.join(name, was, before, [each[key] for each in now])
+            if not isinstance(old, dict):
+                return joined
+            self.changes.append(lambda: old.update(joined))
             return old
-        if isinstance(now[0], list) and all(len(each) == len(now[0]) for each in now):
-            old = old if isinstance(old, list) else []
-            same = all(isinstance(each, list) and len(each) == len(old) == len(now[0]) for each in given)
+        if isinstance(now[0], list):
+            if any(not isinstance(each, list) or len(each) != len(now[0]) for each in now):
+                raise _not_divided(name)
+            same = all(isinstance(each, list) and len(each) == len(now[0]) for each in (old, *given))
             none = None, [None] * len(given)
             before = [(old[i], [each[i] for each in given]) if same else none for i in range(len(now[0]))]
-            old[:] = [self.join(name, was, had, [n[i] for n in now]) for i, (was, had) in enumerate(before)]
+            entries = [self.join(name, was, had, [n[i] for n in now]) for i, (was, had) in enumerate(before)]
+            if not isinstance(old, list):
+                return entries
+            self.changes.append(lambda: old.__setitem__(slice(None), entries))
             return old
-        if any(each != now[0] for each in now):
-            raise RoutingError(
-                f"the cache's {name!r} became {sorted(map(str, now))} for the adapters of this batch, and has to be "
-                "the same for all rows. Run these adapters in separate batches."
-            )
+        if not all(map(_is_plain, now)) or any(each != now[0] for each in now):
+            raise _not_divided(name)
         return now[0]
 
-    def _join_tensors(self, old: object, given: list, now: list) -> Tensor:
+    def _join_tensors(self, name: str, old: object, given: list, now: list) -> Tensor:
+        if not all(isinstance(each, Tensor) for each in now):
+            raise _not_divided(name)
+        if isinstance(old, Tensor) and not any(map(_is_changed, now, given)):
+            return old
         of_rows = all(t.dim() > 0 and t.shape[0] == count for t, count in zip(now, self.counts, strict=True))
         # A vector of one element for each part of one row may be a counter, where nothing tells what it was before.
         known = isinstance(old, Tensor) and old.dim() > 0 and old.shape[0] == self.rows
-        of_rows = of_rows and (now[0].dim() > 1 or known)
+        of_rows = of_rows and (now[0].dim() > 1 or known or max(self.counts) > 1)
+        shared = all(t.shape == now[0].shape for t in now) and (not now[0].is_floating_point() or now[0].numel() == 0)
+        if not (of_rows or shared):
+            raise _not_divided(name)
         joined = torch.cat(now)[self.order.to(now[0].device)] if of_rows else now[0]
         if isinstance(old, Tensor) and now[0] is given[0] and old.shape == joined.shape:
-            return old.copy_(joined)  # a static address: graphs were captured with it
+            self.changes.append(lambda: old.copy_(joined))  # a static address: graphs were captured with it
+            return old
         return joined
+
+
+def _is_changed(now: Tensor, given: object) -> bool:
+    """Whether a part's tensor is another one than it was, or was written to, as far as that can be told."""
+    return now is not given or now.is_inference() or now._version != 0
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(each, _PLAIN) for each in value))
