@@ -153,6 +153,7 @@ def test_what_a_layer_keeps_in_itself_is_kept_for_one_adapter_and_refused_for_se
 
         def forward(self, x):
             self.state = x * self.scale if self.state is None else self.state * 0.5 + x * self.scale
+            self.dtype = x.dtype  # no matter
             return self.state
 
     layer, alone = Recurrent(), Recurrent()
@@ -163,6 +164,7 @@ def test_what_a_layer_keeps_in_itself_is_kept_for_one_adapter_and_refused_for_se
     with route("a"):
         for _ in range(3):
             torch.testing.assert_close(wrapper(x), alone(x))
+    assert layer.dtype == torch.float32
     with route(["a", "__base__"]), pytest.raises(RoutingError, match="in itself"):
         wrapper(x)
 

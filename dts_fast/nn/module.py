@@ -325,7 +325,8 @@ class DTSModule(nn.Module):
                 result = result[None] if result.dim() == len(shape) else result
                 result = result.expand(len(taken[-1]), *result.shape[1:])
             results.append(result if cache is None else cache.whole(result))
-        if any(held.get(name, held) is not value for name, value in self.base_layer.__dict__.items()):
+        own = self.base_layer.__dict__.items()
+        if any(isinstance(value, Tensor) and held.get(name) is not value for name, value in own):
             raise RoutingError(
                 f"{type(self.base_layer).__name__} has parameters of its own that differ within this batch, and keeps "
                 "something of the whole batch in itself. Run these adapters in separate batches, or compress without "
