@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -90,7 +91,9 @@ class Journal:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.folder is not None:
             # Kept for what a second try may get past: an interruption, a full disk. Bad input stays bad.
-            folder, kept = self.folder, isinstance(error, DTSError) and isinstance(error.__cause__, OSError)
+            # So does a target that another run has made meanwhile.
+            folder, cause = self.folder, error.__cause__ if isinstance(error, DTSError) else None
+            kept = isinstance(cause, OSError) and cause.errno not in (errno.EEXIST, errno.ENOTEMPTY)
             if error is None or (isinstance(error, DTSError) and not kept):
                 shutil.rmtree(folder, ignore_errors=True)
             self._lock.close()
