@@ -50,8 +50,13 @@ class Layer(nn.Module):
         return y + state.static, cache
 
 
-@torch.no_grad()
-def test_every_kind_of_state_is_what_runs_alone_would_have_made_it():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_every_kind_of_state_is_what_runs_alone_would_have_made_it(mode):
+    with mode():
+        check_every_kind()
+
+
+def check_every_kind():
     layer = Layer()
     wrapper = DTSModule(layer)
     own = {"__base__": layer.scale, "a": torch.rand(3), "b": torch.rand(3)}
@@ -147,9 +152,15 @@ def test_what_differs_between_adapters_and_is_of_no_rows_is_refused_and_nothing_
 
 
 @torch.no_grad()
-def test_what_a_layer_keeps_in_itself_is_kept_for_one_adapter_and_refused_for_several():
+@pytest.mark.parametrize("in_buffer", [False, True])
+def test_what_a_layer_keeps_in_itself_is_kept_for_one_adapter_and_refused_for_several(in_buffer):
     class Recurrent(Layer):
-        state = None
+        def __init__(self):
+            super().__init__()
+            if in_buffer:
+                self.register_buffer("state", None)
+            else:
+                self.state = None
 
         def forward(self, x):
             self.state = x * self.scale if self.state is None else self.state * 0.5 + x * self.scale

@@ -73,6 +73,17 @@ def test_base_and_delta_of_many_rows_in_one_kernel(monkeypatch, m, k):
     assert len(launched) == (2 if k == 72 else 0)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_block_sizes_of_a_call_that_is_not_fused_are_the_deltas(monkeypatch, fused):
+    bank, _ = make_bank(20, 22, [3])
+    slot_ids, seen = torch.zeros(3, dtype=torch.int32), []
+    monkeypatch.setattr(launch, "add_delta_", lambda *arguments, config: seen.append(config))
+    config = Config(fused, 128, 32, 32, 2, 2)
+    # Rows of 22 float32 cannot be copied, so that neither is computed in one kernel.
+    on_device(DEVICE, linear)(torch.randn(3, 22), torch.randn(20, 22), None, *bank.tensors, slot_ids, config=config)
+    assert seen == [None if fused else config]
+
+
 def test_scratch_that_was_not_written_is_never_read():
     """Tiles without adapters, ranks of empty pages and other rows' columns hold NaN."""
     bank, _ = make_bank(20, 24, [3, 33])

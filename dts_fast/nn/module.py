@@ -16,7 +16,7 @@ from ..mixture import mix
 from ..pieces import Piece
 from ..routing import Slots, all_base, current_slots, narrowed
 from ..slots import SlotTable
-from .parameters import ReadParameter, named_tensors, personal_method, run_with, tensor_of
+from .parameters import ReadParameter, named_tensors, personal_method, run_with, tensor_of, tensors_kept
 from .rows import batch_shape, map_rows, merge_rows
 from .state import find_cache
 
@@ -306,7 +306,7 @@ class DTSModule(nn.Module):
             return self.forward_fast(slots, *args, **kwargs)
         cache = find_cache(self.base_layer, (args, kwargs), rows)
         repeats, results, taken = rows // batch, [], []
-        held = dict(self.base_layer.__dict__)
+        kept = tensors_kept(self.base_layer)
         for members in groups.values():
             taken.append([row * repeats + i for row in members for i in range(repeats)])
             index = torch.tensor(taken[-1])
@@ -325,8 +325,7 @@ class DTSModule(nn.Module):
                 result = result[None] if result.dim() == len(shape) else result
                 result = result.expand(len(taken[-1]), *result.shape[1:])
             results.append(result if cache is None else cache.whole(result))
-        own = self.base_layer.__dict__.items()
-        if any(isinstance(value, Tensor) and held.get(name) is not value for name, value in own):
+        if any(kept.get(name) is not value for name, value in tensors_kept(self.base_layer).items()):
             raise RoutingError(
                 f"{type(self.base_layer).__name__} has parameters of its own that differ within this batch, and keeps "
                 "something of the whole batch in itself. Run these adapters in separate batches, or compress without "

@@ -49,10 +49,20 @@ def run_with(layer: nn.Module, parameters: Mapping[str, Tensor], args: tuple, kw
     own = with_parameters(layer, parameters)
     own.__dict__.pop("forward", None)
     result = own(*args, **kwargs)
-    for name, value in own.__dict__.items():  # what a layer keeps in itself from call to call
+    # What a layer keeps in itself from call to call.
+    for name, value in own.__dict__.items():
         if name not in _OF_A_COPY and layer.__dict__.get(name, own) is not value:
             setattr(layer, name, value)
+    for name, value in own._buffers.items():
+        if name not in parameters and layer._buffers.get(name, own) is not value:
+            layer._buffers[name] = value
     return result if hook is None else hook.post_forward(layer, result)
+
+
+def tensors_kept(layer: nn.Module) -> dict[str, Tensor]:
+    """What a layer may keep in itself from call to call: tensors among its attributes, and buffers."""
+    kept = {**vars(layer), **layer._buffers}
+    return {name: value for name, value in kept.items() if isinstance(value, Tensor)}
 
 
 # What `with_parameters` gives a layer of its own.

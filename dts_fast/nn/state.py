@@ -213,14 +213,23 @@ class _Joiner:
         # A vector of one element for each part of one row may be a counter, where nothing tells what it was before.
         known = isinstance(old, Tensor) and old.dim() > 0 and old.shape[0] == self.rows
         of_rows = of_rows and (now[0].dim() > 1 or known or max(self.counts) > 1)
-        shared = all(t.shape == now[0].shape for t in now) and (not now[0].is_floating_point() or now[0].numel() == 0)
-        if not (of_rows or shared):
+        if not of_rows and not self._is_shared(old, now):
             raise _not_divided(name)
         joined = torch.cat(now)[self.order.to(now[0].device)] if of_rows else now[0]
-        if isinstance(old, Tensor) and now[0] is given[0] and old.shape == joined.shape:
+        in_place = isinstance(old, Tensor) and now[0] is given[0] and old.shape == joined.shape
+        if in_place and 0 not in old.stride():
             self.changes.append(lambda: old.copy_(joined))  # a static address: graphs were captured with it
             return old
         return joined
+
+    def _is_shared(self, old: object, now: list[Tensor]) -> bool:
+        """Whether tensors of no rows may stand for all parts: counters, which go up by the same, and numbers that have
+        stayed as they were."""
+        if any(t.shape != now[0].shape for t in now):
+            return False
+        if not now[0].is_floating_point() or now[0].numel() == 0:
+            return True
+        return isinstance(old, Tensor) and all(torch.equal(t, old) for t in now)
 
 
 def _is_changed(now: Tensor, given: object) -> bool:

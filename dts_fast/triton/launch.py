@@ -50,7 +50,8 @@ def linear(
     if m == 0 or slot_pages.numel() == 0 or not (config.fused and copied) or not _in_order(weight):
         with torch.autocast(x.device.type, enabled=False):  # the result is of x's dtype
             y = torch.nn.functional.linear(x, weight, bias)
-        add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids)
+        rest = None if config.fused else config  # block sizes of a fused kernel are not those of the expand's
+        add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids, config=rest)
         return y
     x = x if _in_order(x) else x.contiguous()
     bias = None if bias is None else bias.contiguous()
