@@ -3,7 +3,8 @@
 # make bench  time the ops beside their peers  make sanitize  run the CPU kernels under sanitizers
 # make wheels  sdist -> wheels, native and pure Python, each run in an environment of its own without a compiler
 # make docs   the reference from the docstrings, in build/docs
-# make fuzz   load tens of thousands of hostile adapter files     make readme-check  compare README with the results
+# make fuzz   load tens of thousands of hostile adapter files, and search for a call that computes something wrong
+# make readme-check  compare README with the results
 # make compat TORCH=2.15.0  the tests with another release of torch, in an environment of its own (fetches gigabytes)
 # make cuda-check  compile the CUDA kernels for every target, and run them block by block on the CPU (part of make test)
 PYTHON ?= python3
@@ -40,6 +41,7 @@ sanitize:
 
 fuzz: $(VENV)/.installed
 	DTS_FAST_FUZZ=40000 $(BIN)/python -m pytest -q tests/test_fuzz.py $(ARGS)
+	$(BIN)/python -m pytest -q tests/test_ops.py -k any_legal_call --hypothesis-profile search $(ARGS)
 
 readme-check: $(VENV)/.installed
 	$(BIN)/python bench/readme.py --check

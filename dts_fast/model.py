@@ -27,10 +27,12 @@ from .nn.parameters import tensor_of
 from .prepack import PackedLinear, no_kernels
 from .residency import Residency
 from .routing import Lease, check_names, current_route, route
-from .slots import BASE, SlotTable
+from .slots import BASE, BASE_SLOT, SlotTable
 from .wrapping import Wrapping
 
 DEFAULT_ADAPTER = "default"
+
+_MOST_BASE_ROUTES = 64  # batch sizes
 
 
 class DTSModel(nn.Module):
@@ -86,6 +88,7 @@ class DTSModel(nn.Module):
         self._wrapping = Wrapping(self._live, self.slots, self._arenas, prepack)
         self._wrappers = self._wrapping.wrappers
         self._attaching = 0  # loads under way
+        self._base_routes: dict[tuple[bool, int | None, torch.device], LeasedRoute] = {}
         self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._has_file)
         # generate() calls an encoder by itself.
         encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
@@ -444,6 +447,8 @@ class DTSModel(nn.Module):
                 return nullcontext()
             adapter_names, expandable = outer.adapter_names, expandable or outer.expandable
         names = self.slots.active if adapter_names is None else check_names(adapter_names)
+        if names == BASE:
+            return self._base_route(expandable, main)
         slots = self._lease([names] if isinstance(names, str) else names)
         try:
             lease = Lease(self.slots, slots, self._live.device)
@@ -451,6 +456,17 @@ class DTSModel(nn.Module):
         except BaseException:
             self.slots.end_lease(slots.values())
             raise
+
+    def _base_route(self, expandable: bool, main: Tensor | None) -> LeasedRoute:
+        """A route that has nothing of this call's, and leases nothing: made once."""
+        key = expandable, None if main is None else main.shape[0], self._live.device
+        found = self._base_routes.get(key)
+        if found is None:
+            if len(self._base_routes) >= _MOST_BASE_ROUTES:
+                self._base_routes.clear()
+            lease = Lease(self.slots, {BASE: BASE_SLOT}, key[2])
+            found = self._base_routes[key] = LeasedRoute(BASE, expandable=expandable, lease=lease, rows=key[1])
+        return found
 
     def _has_file(self, name: str) -> bool:
         return name in self._sources

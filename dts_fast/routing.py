@@ -41,7 +41,7 @@ class _Routes(threading.local):
         self.base_only = False
 
 
-_ROUTES = _Routes()
+ROUTES = _Routes()
 
 
 class route:  # noqa: N801 (used like a function)
@@ -89,21 +89,21 @@ class route:  # noqa: N801 (used like a function)
             self.ids = slot_ids(slots, rows if single and rows else len(slots), lease.device)
 
     def __enter__(self) -> route:
-        _ROUTES.base_only = False  # first: an interrupt must not leave it true
-        _ROUTES.stack.append(self)
-        _ROUTES.base_only = self.base_only
+        ROUTES.base_only = False  # first: an interrupt must not leave it true
+        ROUTES.stack.append(self)
+        ROUTES.base_only = self.base_only
         return self
 
     def __exit__(self, *exception: object) -> None:
         # What was entered within and not left (an interrupt between a model's hooks) goes too.
-        stack = _ROUTES.stack
+        stack = ROUTES.stack
         if not any(entered is self for entered in stack):
             return  # it went with one that was entered before
-        _ROUTES.base_only = False
+        ROUTES.base_only = False
         popped = [stack.pop()]
         while popped[-1] is not self:
             popped.append(stack.pop())
-        _ROUTES.base_only = bool(stack) and stack[-1].base_only
+        ROUTES.base_only = bool(stack) and stack[-1].base_only
         if len(popped) == 1:
             self.left()
             return
@@ -149,14 +149,14 @@ def check_names(adapter_names: str | Sequence[str]) -> str | tuple[str, ...]:
 
 def current_route() -> route | None:
     """The innermost route of this thread."""
-    return _ROUTES.stack[-1] if _ROUTES.stack else None
+    return ROUTES.stack[-1] if ROUTES.stack else None
 
 
 def all_base() -> bool:
     """Whether the current route is that of the base alone, and `current_slots` has nothing else to note or refuse: the
     answer that has to come at once."""
     # Compilation is asked for first: to a graph the rest would be a constant.
-    return not _is_dynamo_compiling() and _ROUTES.base_only and not _is_grad_enabled()
+    return not _is_dynamo_compiling() and ROUTES.base_only and not _is_grad_enabled()
 
 
 def current_slots(table: SlotTable, shape: Sequence[int], *, traceable: bool = False) -> Slots:

@@ -11,12 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of a GPU
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Python; read when triton is imported
+
+# `make test` tries the same calls each time, so that a failure is the change's; `make fuzz` searches for new ones.
+settings.register_profile("repeatable", derandomize=True, max_examples=40, deadline=None)
+settings.register_profile("search", max_examples=3000, deadline=None)
+settings.load_profile("repeatable")
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -362,6 +364,46 @@ def test_global_hooks_see_the_base_layer():
         finally:
             handle.remove()
         assert any(module is layer for module in seen)
+
+
+def register_hook(wrapper, seen):
+    wrapper.register_forward_hook(lambda *_: seen.append(1))
+
+
+def register_pre_hook(wrapper, seen):
+    wrapper.register_forward_pre_hook(lambda *_: seen.append(1))
+
+
+def replace_forward(wrapper, seen):
+    forward = wrapper.forward
+    wrapper.forward = lambda *args: (seen.append(1), forward(*args))[1]
+
+
+@pytest.mark.parametrize("change", [register_hook, register_pre_hook, replace_forward])
+@pytest.mark.parametrize("layer", [nn.Linear(12, 12), nn.LayerNorm(12)], ids=["linear", "norm"])
+def test_what_is_hooked_onto_a_wrapper_runs_for_the_base_too(change, layer):
+    wrapper, _ = both(layer)
+    x, seen = torch.randn(2, 12), []
+    with torch.no_grad(), route("__base__"):
+        wrapper(x)
+    change(wrapper, seen)
+    if change is not replace_forward:  # a bound method of a copy would be the original's
+        wrapper = copy.deepcopy(wrapper)
+    for names in ("__base__", "a", ["a", "__base__"]):
+        with torch.no_grad(), route(names):
+            y = wrapper(x)
+        assert len(seen) == 1, names
+        seen.clear()
+        if names == "__base__":
+            torch.testing.assert_close(y, layer(x))
+
+
+def test_another_base_layer_in_its_place_serves_calls_of_the_base():
+    wrapper, other, x = DTSLinear(nn.Linear(12, 10)), nn.Linear(12, 10), torch.randn(2, 12)
+    wrapper.base_layer = other
+    for same in (wrapper, copy.copy(wrapper), copy.deepcopy(wrapper), pickle.loads(pickle.dumps(wrapper))):
+        with torch.no_grad(), route("__base__"):
+            assert torch.equal(same(x), other(x))
 
 
 def test_what_is_loaded_in_inference_mode_can_be_deleted_outside():

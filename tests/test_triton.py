@@ -100,7 +100,7 @@ def test_scratch_that_was_not_written_is_never_read():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [1, 2, 16, 17, 33, 64, 65, 5000])
 def test_the_rules_give_legal_block_sizes(capability, dtype, m):
-    for n, k, length in ((128, 896, 1), (4096, 4096, 10), (28672, 4096, 26), (33, 17, 300)):
+    for n, k, length in ((128, 896, 1), (4096, 4096, 10), (28672, 4096, 26), (33, 17, 300), (1, 1, 0)):
         for dense in (True, False):
             config = default(m, n, k, dtype, length, capability, dense)
             sizes = (config.block_m, config.block_n, config.block_k, config.pages, config.shrink_block_k)

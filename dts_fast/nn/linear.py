@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_dynamo_compiling
+from torch.nn.functional import linear
 
 from .. import ops
 from ..bank import Arena
 from ..errors import DTSError
 from ..prepack import PackedLinear, pack_, unpack_
-from ..routing import Slots, all_base, slot_ids
+from ..routing import ROUTES, Slots, all_base, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
-from .module import has_features, is_hooked, is_plain
+from .module import OF_ALL, OF_ALL_BEFORE, DTSModule, has_features, is_hooked, is_plain
 from .rows import for_each
 
 
@@ -81,7 +83,7 @@ class DTSLinear(BankedModule):
             dense = {"bias": self.base_layer.bias, **self.dense_parameters(slot)}
             if "weight" not in dense:
                 dense["weight"] = self.base_layer.weight
-            return nn.functional.linear(*args, **kwargs, **dense)
+            return linear(*args, **kwargs, **dense)
         return super()._forward_one(slot, args, kwargs)
 
     def _oriented(self, matrix):
@@ -94,12 +96,22 @@ class DTSLinear(BankedModule):
     def _from_pages(self, matrix):
         return self._oriented(matrix)
 
+    def __call__(self, *args, **kwargs):
+        # `DTSModule.__call__` for what a model has most of. `all_base` and `is_hooked` are written out, because each
+        # function that only wrappers call is more code to come from memory; and the parameters are looked up where they
+        # are, because an attribute of a module is looked for in several places.
+        if not is_dynamo_compiling() and ROUTES.base_only and not is_grad_enabled():
+            layer = self._unhooked
+            if type(layer) is nn.Linear and not kwargs:
+                own = layer.__dict__
+                hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or OF_ALL_BEFORE or OF_ALL
+                if not (hooked or "forward" in own or "_compiled_call_impl" in own):
+                    own = own["_parameters"]
+                    return linear(*args, own["weight"], own["bias"])
+        return DTSModule.__call__(self, *args, **kwargs)
+
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
         if all_base():
-            layer = self._modules["base_layer"]
-            if type(layer) is nn.Linear and not (args or kwargs or is_hooked(layer)):
-                own = layer.__dict__["_parameters"]  # an attribute of a module is looked for in several places
-                return nn.functional.linear(input, own["weight"], own["bias"])
             return self._base(input, *args, **kwargs)
         if self.stored or args or kwargs or input.dim() == 0:
             return super().forward(input, *args, **kwargs)

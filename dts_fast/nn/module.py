@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks as _OF_ALL
-from torch.nn.modules.module import _global_forward_pre_hooks as _OF_ALL_BEFORE
+from torch.nn.modules.module import _global_forward_hooks as OF_ALL
+from torch.nn.modules.module import _global_forward_pre_hooks as OF_ALL_BEFORE
 
 from ..codes import Delta, LowRankDelta, owned
 from ..errors import BaseMismatchError, DTSError, RoutingError
@@ -37,6 +37,14 @@ class DTSModule(nn.Module):
         slots: table of names shared with other layers of a model.
     """
 
+    # The base layer, while the wrapper has no hooks; None where it has some. In the object itself, for `__call__`.
+    __slots__ = ("_unhooked",)
+
+    def __new__(cls, *args: object, **kwargs: object):
+        self = super().__new__(cls)
+        object.__setattr__(self, "_unhooked", None)
+        return self
+
     def __init__(self, base_layer: nn.Module, max_adapters: int = 8, *, slots: SlotTable | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -47,6 +55,44 @@ class DTSModule(nn.Module):
         self.gathers = False
         # slot -> parameter name -> delta, or the tensor that stands in the parameter's place
         self.stored: dict[int, dict[str, Parameter]] = {}
+
+    def __call__(self, *args, **kwargs):
+        # Weights stream through the caches, so that whatever only wrappers look at or run comes from memory. A call of
+        # the base alone looks at nothing of the wrapper but this, and then runs what a model without wrappers runs.
+        if all_base():
+            layer = self._unhooked
+            if layer is not None:
+                return layer(*args, **kwargs)
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    # What tells `_unhooked`.
+
+    def _look_for_hooks(self) -> None:
+        own = self.__dict__
+        hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or "forward" in own or "_compiled_call_impl" in own
+        object.__setattr__(self, "_unhooked", None if hooked else own["_modules"].get("base_layer"))
+
+    def register_forward_hook(self, *args, **kwargs):
+        handle = super().register_forward_hook(*args, **kwargs)
+        self._look_for_hooks()
+        return handle
+
+    def register_forward_pre_hook(self, *args, **kwargs):
+        handle = super().register_forward_pre_hook(*args, **kwargs)
+        self._look_for_hooks()
+        return handle
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name in ("base_layer", "forward", "_compiled_call_impl"):
+            self._look_for_hooks()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self._look_for_hooks()
 
     def __getattr__(self, name: str):
         try:
@@ -361,7 +407,7 @@ def is_hooked(layer: nn.Module) -> bool:
     """Whether a layer does more than its class's forward when it is called (a user's hooks, or accelerate's)."""
     own = layer.__dict__
     hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooks) or "forward" in own or "_compiled_call_impl" in own or bool(_OF_ALL_BEFORE or _OF_ALL)
+    return bool(hooks) or "forward" in own or "_compiled_call_impl" in own or bool(OF_ALL_BEFORE or OF_ALL)
 
 
 def is_plain(parameter: object) -> bool:

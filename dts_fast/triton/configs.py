@@ -135,7 +135,7 @@ def _splits(m: int, k: int, block_m: int, length: int, pages: int) -> int:
     most = max(1, min(32, 1 << ((k + 255) // 256).bit_length() - 1))
     if m <= 64:  # whatever m is, so that a row's sums do not depend on its neighbours
         return most
-    programs = -(-m // block_m) * -(-length // pages)
+    programs = -(-m // block_m) * max(-(-length // pages), 1)  # a bank of rank 0 lists no pages
     return max(1, min(most, 16, 1 << (256 // programs).bit_length() >> 1))
 
 
