@@ -27,6 +27,14 @@ struct Rows {
       return __ffs(static_cast<int>(set)) - 1;
     }
   }
+  // What a lane has.
+  static __device__ __forceinline__ Set of_lane(Set set, int lane) {
+    Set all = __shfl_sync(0xffffffff, static_cast<uint32_t>(set), lane);
+    if constexpr (kHalves == 2) {
+      all |= static_cast<Set>(__shfl_sync(0xffffffff, static_cast<uint32_t>(set >> 32), lane)) << 32;
+    }
+    return all;
+  }
   // The rows of which `predicate`, asked by the lane that speaks for a half's, is true.
   template <class Predicate>
   static __device__ __forceinline__ Set where(Predicate&& predicate) {
@@ -36,17 +44,40 @@ struct Rows {
   }
 };
 
+// What a block keeps for its expand. With one group of warps: its part of U for the first of the batch's pages, fetched
+// before h is there.
+template <int kRowTiles, int kOutputs>
+struct ForExpand {
+  static constexpr int kStaged = 32;
+  alignas(16) uint32_t words[kStaged][kOutputs];
+  float4 levels[kStaged];
+};
+
+// With several groups, where rows are many and so perhaps adapters: batches of pages on their way, and h.
+template <int kRowTiles, int kOutputs>
+struct ForExpandOfMany {
+  static constexpr int kPages = 8;  // of a batch
+  static constexpr int kBatches = kRowTiles > 4 ? 3 : 4;
+  static constexpr int kListed = kRowTiles > 4 ? 256 : 512;
+  static constexpr int kNear = 16;  // pages of a slot up to which h is brought here
+  uint4 words[kBatches][kPages][kOutputs / 4];
+  float4 levels[kBatches][kPages];
+  alignas(16) uint2 h[8 * kRowTiles][4 * kNear + 4];  // 32 bytes more than it has: rows begin in different banks
+  uint32_t listed[kListed];                // the next of the block's pages, as a row and the place in its slot's list
+  int listed_pages, next_row, next_place;  // how many those are, and where they go on
+};
+
 // A block's shared memory.
 template <int kRowTiles, int kOutputTiles, int kGroups, int kWarps, bool kBase>
-struct Shared {
+struct Shared : std::conditional_t<(kGroups > 1), ForExpandOfMany<kRowTiles, 16 * kOutputTiles * kGroups>,
+                                   ForExpand<kRowTiles, 16 * kOutputTiles * kGroups>> {
   using R = Rows<kRowTiles>;
   static constexpr int kOutputs = 16 * kOutputTiles * kGroups;
   static constexpr int kBeside = warps_beside(kGroups);
-  static constexpr int kAhead = chunks_ahead(kOutputTiles, kWarps);
-  static constexpr int kStaged = kGroups > 1 ? 16 : 32;  // pages whose part of U is fetched before h is there
-  static constexpr int kNumbered = 512;                  // pages whose numbers are known without another trip to memory
+  static constexpr int kAhead = chunks_ahead(kRowTiles, kOutputTiles, kGroups, kWarps);
+  static constexpr int kNumbered = 512;  // pages whose numbers are known without another trip to memory
   // Parts of the block's sums: each warp's of a group, or each group's of warps; where the warps beside them are as
-  // many as groups, theirs (of the expand), too. As many are here at a time as fit where the weights were.
+  // many as groups, theirs (the expand's), too. As many are here at a time as fit where the weights were.
   static constexpr int kAll = kWarps / kGroups + (kGroups > 1);
   static constexpr bool kLarge = kAll * 8 * kRowTiles * (kOutputs + 4) > 10000;
   static constexpr int kParts = kLarge ? (kAll + 1) / 2 : kAll;
@@ -55,8 +86,6 @@ struct Shared {
     uint4 weights[kBase ? kWarps : 1][kAhead][2 * kOutputTiles][32];
     float parts[kParts][8 * kRowTiles][kOutputs + 4];
   };
-  uint32_t words[kStaged][kOutputs];
-  float4 levels[kStaged];
   int page[kNumbered];
   // By row; where a row is the first with its slot: its pages are number `begin` .. `begin + count` of the batch's.
   int slot[32 * R::kHalves], begin[32 * R::kHalves], count[32 * R::kHalves];

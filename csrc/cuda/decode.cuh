@@ -2,8 +2,9 @@
 //
 // Decoding is bound by the bytes of W, and a second launch would cost as much as the delta. So every block streams the
 // weights of a few outputs, its warps each a part of K (or, where rows are many, of the outputs). Beside them one warp
-// or several find the batch's distinct slots, shrink, fetch the block's part of U, and wait for h; the expand is then
-// further steps on the accumulators of the base.
+// finds the batch's distinct slots, shrinks, fetches the block's part of U, and waits for h; the expand is then further
+// steps on the accumulators of the base. Where rows are many there are several such warps, and the expand is theirs,
+// too.
 //
 // How blocks agree, without a deadlock whatever the grid, the occupancy, and the order in which blocks run: the shrink
 // is cut into claims (a page, a part of K), and a block takes claims until none is left. Only then does it wait for
@@ -15,7 +16,7 @@
 // other rows use: a page is added by a warp that its slot and its place in the list choose.
 #pragma once
 
-#include "expand.cuh"
+#include "expand_many.cuh"
 #include "shrink.cuh"
 #include "stream.cuh"
 
@@ -29,23 +30,27 @@ template <int kRowTiles, int kOutputTiles, class S>
 __device__ __forceinline__ void share_sums(S& shared, int offset, int own, float (&sums)[kOutputTiles][kRowTiles][4]) {
   constexpr int kParts = S::kParts, kAll = S::kAll;
   const int lane = threadIdx.x & 31, t = place(lane), g = quad(lane);
+  // A thread's two neighbouring outputs of a row, and those of the next tile behind them.
   const auto each = [&](int part, auto&& function) {
 #pragma unroll
-    for (int o = 0; o < kOutputTiles; ++o) {
+    for (int j = 0; j < kRowTiles; ++j) {
 #pragma unroll
-      for (int j = 0; j < kRowTiles; ++j) {
+      for (int i = 0; i < 2; ++i) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          function(shared.parts[part][8 * j + 2 * t + (i & 1)][offset + 16 * o + g + 8 * (i >> 1)], sums[o][j][i]);
+        for (int o = 0; o < kOutputTiles; ++o) {
+          float* const at = &shared.parts[part][8 * j + 2 * t + i][offset + output_of<kOutputTiles>(o, 0, g)];
+          function(*reinterpret_cast<float2*>(at), sums[o][j][i], sums[o][j][i + 2]);
         }
       }
     }
   };
-  const auto store = [](float& place, float& sum) { place = sum; };
+  const auto store = [](float2& place, float& first, float& second) { place = {first, second}; };
   if constexpr (kParts < kAll) {
     if (own >= kParts && own < kAll) each(own - kParts, store);
     __syncthreads();
-    if (own < kAll - kParts) each(own, [](float& place, float& sum) { sum += place; });
+    if (own < kAll - kParts) {
+      each(own, [](float2& place, float& first, float& second) { first += place.x, second += place.y; });
+    }
     __syncthreads();
   }
   if (own < kParts) each(own, store);
@@ -86,23 +91,31 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
   const int own = warp / kGroups, offset = warp % kGroups * 16 * kOutputTiles;
   const int blocks = gridDim.x;
   float sums[kOutputTiles][kRowTiles][4] = {};
-  constexpr int kLast = kWarps + S::kBeside - 1;
   if (warp >= kWarps) {
     wait_for_kernel_before();
     if (warp == kWarps) {
       know_batch<kRowTiles>(p, shared);
-      arrive<kKnown>(kThreads);
-    } else {
-      meet<kKnown>(kThreads);
+      if constexpr (kGroups > 1) {
+        if (lane == 0) shared.next_row = shared.next_place = 0;
+        __syncwarp();
+        list_pages<kRowTiles>(p.slices, place_of_block(p).slice, shared);
+      }
     }
+    if constexpr (kGroups > 1) meet<kBesides>(32 * S::kBeside);
+    arrive<kKnown>(kThreads);
     if (shared.pages) {
-      // The last one fetches, where it is not the only one; the others shrink meanwhile.
-      if (kLast > kWarps && warp == kLast) stage_expand<T, kRowTiles>(p, place_of_block(p).in_n * kOutputs, shared);
+      if constexpr (kGroups > 1) copy_first_batches<kRowTiles, kWarps>(p, place_of_block(p).in_n * kOutputs, shared);
       shrink_claims<T, kRowTiles>(p, blocks, shared);
       if (warp == kWarps) {
         if (lane == 0) set_flag(&shared.exhausted);
-        if (kLast == kWarps) stage_expand<T, kRowTiles>(p, place_of_block(p).in_n * kOutputs, shared);
+        if constexpr (kGroups == 1) stage_expand(p, place_of_block(p).in_n * kOutputs, shared);
         if (lane == 0) wait_for(p.counters + kDone, shared.pages * p.splits);
+        __syncwarp();
+      }
+      if constexpr (kGroups > 1) {
+        meet<kBesides>(32 * S::kBeside);
+        const Place at = place_of_block(p);
+        expand_listed<T, kRowTiles, kOutputTiles, kWarps>(p, at.in_n * kOutputs, offset, at.slice, shared, sums);
       }
     }
   } else {
@@ -120,10 +133,12 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
     if (shared.pages && !__shfl_sync(0xffffffff, exhausted, 0)) shrink_claims<T, kRowTiles>(p, blocks, shared);
   }
   __syncthreads();
-  if (own < S::kAll) {
+  if constexpr (kGroups == 1) {
     const Place at = place_of_block(p);
-    expand_sums<T, kRowTiles, kOutputTiles>(p, at.in_n * kOutputs, offset, at.slice * S::kAll + own, p.slices * S::kAll,
-                                            shared, sums);
+    const int part = at.slice * S::kAll + own, parts = p.slices * S::kAll;
+    if (own < S::kAll) {
+      expand_sums<T, kRowTiles, kOutputTiles>(p, at.in_n * kOutputs, offset, part, parts, shared, sums);
+    }
   }
   share_sums<kRowTiles, kOutputTiles>(shared, offset, own, sums);
   __syncthreads();

@@ -92,9 +92,10 @@ constexpr int resident_blocks(int row_tiles, int output_tiles, int warps) {
 constexpr int warps_beside(int groups) { return groups > 1 ? groups : 1; }
 
 // Chunks of k whose weights a warp has under way: with two blocks or 16 warps on a multiprocessor some 64 to 100 KiB,
-// in the 99 KiB that a block may have on every architecture.
-constexpr int chunks_ahead(int output_tiles, int warps) {
-  return warps == 4 ? 8 : output_tiles == 1 ? 6 : output_tiles == 2 && warps == 7 ? 4 : 3;
+// in the 99 KiB that a block may have on every architecture; 48 KiB or more where the expand needs memory, too.
+constexpr int chunks_ahead(int row_tiles, int output_tiles, int groups, int warps) {
+  if (groups > 1) return row_tiles > 4 ? 6 : 7;
+  return output_tiles == 1 ? 6 : output_tiles == 2 && warps == 7 ? 4 : 3;
 }
 
 // Parts of k that the shrink of a page is cut into. A function of k alone, so that h does not depend on the batch.

@@ -1,4 +1,4 @@
-// y^T += U h^T, on the accumulators of the base.
+// y^T += U h^T, on the accumulators of the base: where a block has one group of warps, by all of them behind the base.
 #pragma once
 
 #include "batch.cuh"
@@ -7,7 +7,7 @@ namespace dts_fast::cuda {
 
 // The block's words of U, and its tables, for the first of the batch's pages: from memory before h is there. Those of
 // the others come nearer.
-template <class T, int kRowTiles, class S>
+template <class S>
 __device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, S& shared) {
   constexpr int kAtOnce = 4, kOutputs = S::kOutputs, kWords = (kOutputs + 31) / 32;
   const int lane = threadIdx.x & 31;
@@ -75,11 +75,51 @@ struct PagesOfWarp {
   }
 };
 
+// The codes of a thread's neighbouring outputs.
+template <int kCount>
+struct Codes {
+  uint32_t words[kCount];
+};
+template <int kCount>
+__device__ __forceinline__ Codes<kCount> load_codes(const uint32_t* from, bool near) {
+  Codes<kCount> to;
+  if constexpr (kCount == 2) {
+    const uint2* const at = reinterpret_cast<const uint2*>(from);
+    const uint2 v = near ? *at : __ldg(at);
+    to = {{v.x, v.y}};
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      const uint4* const at = reinterpret_cast<const uint4*>(from) + i;
+      const uint4 v = near ? *at : __ldg(at);
+      to.words[4 * i] = v.x, to.words[4 * i + 1] = v.y, to.words[4 * i + 2] = v.z, to.words[4 * i + 3] = v.w;
+    }
+  }
+  return to;
+}
+
+// A page's part of one tile of rows' sums.
+template <class T, int kOutputTiles, int kRowTiles>
+__device__ __forceinline__ void add_page(const Pairs (&u)[2 * kOutputTiles], const uint2& h, int j,
+                                         float (&sums)[kOutputTiles][kRowTiles][4]) {
+#pragma unroll
+  for (int o = 0; o < kOutputTiles; ++o) {
+    const Pairs &top = u[2 * o], &bottom = u[2 * o + 1];
+    mma<T>(sums[o][j], top.first, bottom.first, top.second, bottom.second, h.x, h.y);
+  }
+}
+template <int kCount>
+__device__ __forceinline__ void decode_outputs(const Table& table, const Codes<kCount>& codes, int t,
+                                               Pairs (&u)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) u[i] = look_up(table, expand_selectors(codes.words[i], t));
+}
+
 // Some pages' parts of the expand on their way to one warp: h, the codes of its outputs, tables.
 template <int kRowTiles, int kOutputTiles, int kPages>
 struct Expansion {
   uint2 h[kPages][kRowTiles];
-  uint32_t words[kPages][kOutputTiles][2];
+  Codes<2 * kOutputTiles> codes[kPages];
   float4 levels[kPages];
   typename Rows<kRowTiles>::Set users[kPages];
 };
@@ -104,15 +144,10 @@ __device__ __forceinline__ void fetch_expansion(const DecodeProblem& p, int firs
     const bool staged = number < S::kStaged;
     const uint32_t* const page = staged ? nullptr : shared.page_at(p, number, row[i], at[i]);
     to.levels[i] = staged ? shared.levels[number] : load_levels(page, kULevels);
-#pragma unroll
-    for (int o = 0; o < kOutputTiles; ++o) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int output = offset + 16 * o + 8 * half + g;
-        to.words[i][o][half] = staged                 ? shared.words[number][output]
-                               : first + output < p.n ? __ldg(page + p.u_tiles + first + output)
-                                                      : 0;
-      }
+    const int output = offset + output_of<kOutputTiles>(0, 0, g);  // and its neighbours, in the same tile of codes
+    if (staged || first + output < p.n) {
+      const uint32_t* const from = staged ? &shared.words[number][output] : page + p.u_tiles + first + output;
+      to.codes[i] = load_codes<2 * kOutputTiles>(from, staged);
     }
     next.advance();
   }
@@ -148,16 +183,11 @@ __device__ __forceinline__ void expand_sums(const DecodeProblem& p, int first, i
       const auto& have = all[now];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const Table table = table_of<T>(have.levels[i]);
+        Pairs u[2 * kOutputTiles];
+        decode_outputs(table_of<T>(have.levels[i]), have.codes[i], t, u);
 #pragma unroll
-        for (int o = 0; o < kOutputTiles; ++o) {
-          const Pairs top = decode(table, expand_codes(have.words[i][o][0], t));
-          const Pairs bottom = decode(table, expand_codes(have.words[i][o][1], t));
-#pragma unroll
-          for (int j = 0; j < kRowTiles; ++j) {
-            if (kRowTiles >= 4 && !R::meets(have.users[i], j)) continue;
-            mma<T>(sums[o][j], top.first, bottom.first, top.second, bottom.second, have.h[i][j].x, have.h[i][j].y);
-          }
+        for (int j = 0; j < kRowTiles; ++j) {
+          if (kRowTiles < 4 || R::meets(have.users[i], j)) add_page<T>(u, have.h[i][j], j, sums);
         }
       }
     }

@@ -31,11 +31,11 @@ constexpr int kChunk = 32;  // elements of k that a warp multiplies at a time: 8
 DTS_FAST_BOTH int quad(int lane) { return lane >> 2; }
 DTS_FAST_BOTH int place(int lane) { return lane & 3; }
 
-// Four codes in a byte become two selectors of byte permutations, one in each half: code c of a pair takes bytes 2 c
-// and 2 c + 1 of a table of four 16-bit levels.
+// Four codes, a byte, become two selectors of byte permutations, one in each half: code c of a pair takes bytes 2 c and
+// 2 c + 1 of a table of four 16-bit levels.
 DTS_FAST_BOTH uint32_t selectors(uint32_t codes) {
-  const uint32_t pairs = ((codes & 0xff) * 0x1001) & 0x000f000f;  // codes 0 and 1, and 16 bits further 2 and 3
-  return ((pairs * 0x41) & 0x03030303) * 0x22 + 0x10101010;       // each code in a byte; then its two byte numbers
+  const uint32_t pairs = (codes * 0x1001) & 0x000f000f;      // codes 0 and 1, and 16 bits further 2 and 3
+  return ((pairs * 0x41) & 0x03030303) * 0x22 + 0x10101010;  // each code in a byte; then its two byte numbers
 }
 
 // Four 16-bit levels.
@@ -43,10 +43,13 @@ struct Table {
   uint32_t low, high;
 };
 
-// The bytes of `table` that the four lowest digits of `selector` name.
+// The bytes of `table` that the four lowest digits of `selector`, each below 8, name. (CUDA's own function allows for
+// larger ones, which costs another instruction.)
 DTS_FAST_BOTH uint32_t permute(const Table& table, uint32_t selector) {
 #if defined(__CUDA_ARCH__)
-  return __byte_perm(table.low, table.high, selector);
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(table.low), "r"(table.high), "r"(selector));
+  return out;
 #else
   const uint64_t bytes = static_cast<uint64_t>(table.high) << 32 | table.low;
   uint32_t out = 0;
@@ -60,20 +63,33 @@ struct Pairs {
   uint32_t first, second;
 };
 
-DTS_FAST_BOTH Pairs decode(const Table& table, uint32_t codes) {
-  const uint32_t selector = selectors(codes);
+DTS_FAST_BOTH Pairs look_up(const Table& table, uint32_t selector) {
   return {permute(table, selector), permute(table, selector >> 16)};
 }
+DTS_FAST_BOTH Pairs decode(const Table& table, uint32_t codes) { return look_up(table, selectors(codes)); }
 
-// V of a page as A [16 ranks, 32 k]: the tile, and the byte within a rank's word, of thread t's codes for step s of
-// chunk c. Elements 8 t .. of a chunk are in its first tile for t < 2, and in its second otherwise.
-DTS_FAST_BOTH int64_t shrink_word(int64_t chunk, int t, int rank) {
-  return kTiles + (2 * chunk + (t >> 1)) * kTileWords + rank;
+// V of a page as A [16 ranks, 32 k]: where thread t's words of chunk 0 are, those of the next chunk so much further on;
+// and the byte of a word that has its codes for step s. Elements 8 t .. of a chunk are in its first tile for t < 2, and
+// in its second otherwise.
+constexpr int kChunkWords = 2 * kTileWords;
+DTS_FAST_BOTH int shrink_word(int t, int rank) { return kTiles + (t >> 1) * kTileWords + rank; }
+DTS_FAST_BOTH uint32_t shrink_codes(uint32_t word, int t, int step) {
+  return permute({word, 0}, 0x4440 + 2 * (t & 1) + step);
 }
-DTS_FAST_BOTH uint32_t shrink_codes(uint32_t word, int t, int step) { return word >> (16 * (t & 1) + 8 * step); }
 
-// U of a page as A [16 outputs, 16 ranks]: an output's word holds its codes of all ranks, and thread t takes ranks 4 t
-// .. 4 t + 3, so that its h is one 8-byte load.
-DTS_FAST_BOTH uint32_t expand_codes(uint32_t word, int t) { return word >> (8 * t); }
+// U of a page as A [16 outputs, 16 ranks]: an output's word holds its codes of all ranks. Thread t takes ranks t, t +
+// 4, t + 8 and t + 12, whose codes are the same two bits of the word's four bytes: selectors in three instructions. h
+// is kept in an order in which those are neighbours, one 8-byte load.
+DTS_FAST_BOTH uint32_t expand_selectors(uint32_t word, int t) {
+  return (word >> (2 * t) & 0x03030303) * 0x22 + 0x10101010;
+}
+DTS_FAST_BOTH int place_in_h(int rank) { return 4 * (rank & 3) + (rank >> 2); }
+
+// Which of a warp's 16 kOutputTiles outputs is row g + 8 half of tile o. Those of a thread are neighbours: their codes
+// are one load, and their sums one store.
+template <int kOutputTiles>
+DTS_FAST_BOTH int output_of(int o, int half, int g) {
+  return 2 * kOutputTiles * g + 2 * o + half;
+}
 
 }  // namespace dts_fast::cuda

@@ -50,6 +50,11 @@ __device__ __forceinline__ void copy_once(uint4* to, const void* from, bool ther
                : "r"(at), "l"(from), "r"(bytes), "l"(policy)
                : "memory");
 }
+// What other blocks want as well.
+__device__ __forceinline__ void copy_near(uint4* to, const void* from) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(at), "l"(from) : "memory");
+}
 __device__ __forceinline__ void end_group_of_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 // Returns when all groups but the last kLeft have come, for what this thread has copied.
 template <int kLeft>

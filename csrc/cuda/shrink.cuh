@@ -15,41 +15,46 @@ template <class T, int kTiles>
 __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32_t* page, const float4& levels,
                                             const T* x, uint32_t rows, int begin, int end, float (&sums)[kTiles][4]) {
   // Codes come from memory, as many at once as registers hold, for one tile of rows a whole split's. x comes from a
-  // cache, where there is much of it while others are multiplied.
-  constexpr int kCodes = kSplit / kChunk / kTiles, kInputs = 4 / kTiles;
-  constexpr int kStages = kCodes / kInputs, kBuffers = kTiles < 4 ? 1 : 2;
+  // cache, some of it while others are multiplied where registers allow that.
+  constexpr int kCodes = kSplit / kChunk / kTiles, kInputs = kTiles < 4 ? 4 : 1;
+  constexpr int kStages = kCodes / kInputs, kBuffers = kTiles == 2 ? 1 : 2;
   const int lane = here(threadIdx.x & 31), t = place(lane), g = quad(lane);
   const int tiles = (here(p.k) + kTileWords - 1) / kTileWords;
-  bool mine[kTiles];
+  // How many chunks from `begin` on the thread has codes of, and elements of x in each of its rows: beyond, zeros.
+  const int chunks_of_codes = min(end, (tiles - (t >> 1) + 1) / 2) - begin;
+  const int chunks_of_x = min(end, (here(p.k) - 8 * t + kChunk - 1) / kChunk) - begin;
+  const uint32_t* codes = page + shrink_word(t, g) + static_cast<int64_t>(begin) * kChunkWords;
+  const uint32_t mine = rows >> g;  // every eighth
+  const T* inputs[kTiles];
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) mine[j] = rows >> (8 * j + g) & 1;
+  for (int j = 0; j < kTiles; ++j) inputs[j] = x + (8 * j + g) * p.x_stride + begin * kChunk + 8 * t;
   uint4 xs[kBuffers][kInputs][kTiles];
-  const auto load_inputs = [&](int first, int stage) {
+  const auto load_inputs = [&](int done, int stage) {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) {
-      const int chunk = first + stage * kInputs + i, k = chunk * kChunk + 8 * t;
+      const int ahead = stage * kInputs + i;
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const bool there = chunk < end && k < p.k && mine[j];
-        xs[stage % kBuffers][i][j] =
-            load_result(reinterpret_cast<const uint4*>(x + (8 * j + g) * p.x_stride + k), there);
+        const bool there = done + ahead < chunks_of_x && (mine >> (8 * j) & 1);
+        xs[stage % kBuffers][i][j] = load_result(reinterpret_cast<const uint4*>(inputs[j] + ahead * kChunk), there);
       }
     }
   };
-  for (int first = begin; first < end; first += kCodes) {
+  for (int done = 0; begin + done < end; done += kCodes) {
     uint32_t words[kCodes][2] = {};
 #pragma unroll
     for (int i = 0; i < kCodes; ++i) {
-      if (first + i < end && 2 * (first + i) + (t >> 1) < tiles) {
-        words[i][0] = __ldg(page + shrink_word(first + i, t, g));
-        words[i][1] = __ldg(page + shrink_word(first + i, t, g + 8));
+      if (done + i < chunks_of_codes) {
+        words[i][0] = __ldg(codes + i * kChunkWords);
+        words[i][1] = __ldg(codes + i * kChunkWords + 8);
       }
     }
-    if (kBuffers > 1) load_inputs(first, 0);
+    codes += kCodes * kChunkWords;
+    if (kBuffers > 1) load_inputs(done, 0);
     const Table table = table_of<T>(levels);  // behind the loads of codes, whose way is as long
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
-      if (stage + kBuffers - 1 < kStages) load_inputs(first, stage + kBuffers - 1);
+      if (stage + kBuffers - 1 < kStages) load_inputs(done, stage + kBuffers - 1);
 #pragma unroll
       for (int i = 0; i < kInputs; ++i) {
 #pragma unroll
@@ -64,6 +69,8 @@ __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32
         }
       }
     }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) inputs[j] += kCodes * kChunk;
   }
 }
 
@@ -83,20 +90,21 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, const S& sh
   const int chunks = (here(p.k) + kChunk - 1) / kChunk, span = (chunks + p.splits - 1) / p.splits;
   const int64_t width = static_cast<int64_t>(kRanks) * here(p.list_length);
   T* const h = static_cast<T*>(p.h);
-  constexpr int kTiles = kRowTiles < 4 ? kRowTiles : 4;
-  const auto shrink_rows = [&](uint32_t rows, int before) {
-    float sums[kTiles][4] = {};
-    shrink_page<T, kTiles>(p, page, v, static_cast<const T*>(p.x) + before * p.x_stride, rows, split * span,
-                           min((split + 1) * span, chunks), sums);
+  // `rows` of so many tiles, the first of which begins at row `before`.
+  const auto shrink_tiles = [&](auto tiles, uint32_t rows, int before) {
+    constexpr int kOfThem = decltype(tiles)::value;
+    float sums[kOfThem][4] = {};
+    shrink_page<T, kOfThem>(p, page, v, static_cast<const T*>(p.x) + before * p.x_stride, rows, split * span,
+                            min((split + 1) * span, chunks), sums);
     const float scale = weight * scaled(u).largest * scaled(v).largest;
     const float scales[2] = {scale * s0, scale * s1};
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
+    for (int j = 0; j < kOfThem; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = 8 * j + 2 * t + (i & 1), rank = g + 8 * (i >> 1);
         if (!(rows >> row & 1)) continue;
-        const int64_t column = place_in_list * kRanks + rank, at = (before + row) * width + column;
+        const int64_t column = place_in_list * kRanks + place_in_h(rank), at = (before + row) * width + column;
         const float value = sums[j][i] * scales[i >> 1];
         if (p.splits == 1) {
           h[at] = from_float<T>(value);
@@ -104,6 +112,16 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, const S& sh
           __stcg(p.partial + static_cast<int64_t>(split) * p.m * width + at, value);
         }
       }
+    }
+  };
+  constexpr int kTiles = kRowTiles < 4 ? kRowTiles : 4;
+  // Where rows differ an adapter often has one: then the other tiles' share of the work is left out.
+  const auto shrink_rows = [&](uint32_t rows, int before) {
+    const int tile = kTiles > 2 ? (__ffs(static_cast<int>(rows)) - 1) / 8 : 0;
+    if (kTiles > 2 && !(rows & ~(0xffu << (8 * tile)))) {
+      shrink_tiles(std::integral_constant<int, 1>(), rows >> (8 * tile), before + 8 * tile);
+    } else {
+      shrink_tiles(std::integral_constant<int, kTiles>(), rows, before);
     }
   };
   if constexpr (R::kHalves == 1) {

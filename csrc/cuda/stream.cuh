@@ -27,7 +27,7 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Beyond the last output some row is read again, and its sums dropped.
-      const int output = min(first + 16 * o + 8 * half + g, p.n - 1);
+      const int output = min(first + output_of<kOutputTiles>(o, half, g), p.n - 1);
       rows[o][half] = static_cast<const T*>(p.weight) + output * p.weight_stride + 8 * t;
     }
   }

@@ -26,6 +26,9 @@ struct uint2 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct float2 {
+  float x, y;
+};
 struct float4 {
   float x, y, z, w;
 };
@@ -46,7 +49,9 @@ struct Warp {
 struct Block {
   unsigned index = 0;
   int arrived = 0, turn = 0, left = 0;
-  int named = 0;  // threads that have come to the barrier with a number, which is used once
+  struct {
+    int arrived = 0, turn = 0;
+  } named[16];  // barriers with a number
   std::vector<Warp> warps;
   std::vector<char> shared;
 };
@@ -209,14 +214,17 @@ inline V __shfl_sync(uint32_t, V value, int lane) {
 }
 
 template <int kNumber>
-inline void arrive(int) {
-  ++emulated::running->block->named;
+inline void arrive(int threads) {
+  auto& barrier = emulated::running->block->named[kNumber];
   ++emulated::events;
+  if (++barrier.arrived < threads) return;
+  barrier.arrived = 0;
+  ++barrier.turn;
 }
 template <int kNumber>
 inline void meet(int threads) {
-  arrive<kNumber>(threads);
-  while (emulated::running->block->named < threads) emulated::yield();
+  auto& barrier = emulated::running->block->named[kNumber];
+  emulated::meet(barrier.arrived, barrier.turn, threads);
 }
 
 inline uint32_t __match_any_sync(uint32_t, int value) {
@@ -227,6 +235,7 @@ inline uint32_t __match_any_sync(uint32_t, int value) {
   return out;
 }
 
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __ffsll(long long v) { return __builtin_ffsll(v); }
 

@@ -53,6 +53,7 @@ inline void prefetch(const void*) {}
 inline void copy_once(uint4* to, const void* from, bool there, uint64_t) {
   emulated::copy(to, there ? from : nullptr, sizeof *to);
 }
+inline void copy_near(uint4* to, const void* from) { emulated::copy(to, from, sizeof *to); }
 inline void end_group_of_copies() { emulated::end_group(); }
 template <int kLeft>
 inline void wait_for_copies() {
@@ -253,9 +254,15 @@ void run_many(int count) {
     run<kRowTiles, kOutputTiles, kGroups, kWarps, false>(c);
   }
   // Every loop more than once: refilled registers, more pages than warps and than are staged, more than one split.
-  const int k = 32 * (2 * chunks_ahead(kOutputTiles, kWarps) * kWarps / kGroups + 3) + 8;
+  const int ahead = chunks_ahead(kRowTiles, kOutputTiles, kGroups, kWarps);
+  const int k = 32 * (2 * ahead * kWarps / kGroups + 3) + 8;
   const Case large = {8 * kRowTiles - 1, 16 * kOutputTiles * kGroups + 1, k, 3, 2 * kWarps + 6, choose_splits(k), 2, 2};
   run<kRowTiles, kOutputTiles, kGroups, kWarps, true>(large);
+  // More pages than are listed at a time, with h where it is near and where it is not.
+  for (int list_length : {16, 20}) {
+    const Case distinct = {8 * kRowTiles, 130, 72, 8 * kRowTiles, kGroups > 1 ? list_length : 2, 2, draw(1, 2), 2};
+    run<kRowTiles, kOutputTiles, kGroups, kWarps, true>(distinct);
+  }
 }
 
 }  // namespace
