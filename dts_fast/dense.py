@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .atomic import staged_directory
 from .checkpoint import Checkpoint, encode_numbers
-from .errors import CheckpointError
+from .errors import CheckpointError, DTSError
 from .pieces import Piece
 
 # What stands beside the weights of a model: tokenizer, processor, generation settings.
@@ -81,6 +81,13 @@ def _stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             plain[name] = tensor
         else:
             stacks.setdefault(piece.parameter, {})[piece.expert] = tensor
+    for name, own in stacks.items():
+        missing = sorted(set(range(max(own) + 1)) - own.keys())
+        if missing:
+            raise DTSError(
+                f"the stack {name!r} is neither in the base nor whole in the adapter, which lacks expert {missing[0]}: "
+                "it cannot be written. Compress with all experts or none (--exclude)."
+            )
     return plain | {name: torch.stack([own[i] for i in range(len(own))]) for name, own in stacks.items()}
 
 

@@ -86,7 +86,7 @@ def export_lora(
             table = is_embedding(name, tuple(parameter.shape))
             tensors |= _module_tensors(module, parameter, transposed, table)
             ranks[module] = sum(term.rank for term in terms_of(parameter))
-        elif leaf in ("weight", "bias"):
+        elif leaf in _OF_MODULES:
             whole.setdefault(module, set()).add(name)
         else:
             left_out.append(name)
@@ -132,6 +132,10 @@ def export_lora(
         save_file(contiguous, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     return left_out
+
+
+# What PEFT has a place for: in a LoRA's own layers, or in copies of modules with running statistics, too.
+_OF_MODULES = ("weight", "bias", "running_mean", "running_var")
 
 
 def _is_low_rank(parameter: object) -> bool:

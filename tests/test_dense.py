@@ -14,10 +14,20 @@ from test_checkpoint import write_sharded
 from dts_fast import DTSConfig, compress
 from dts_fast.checkpoint import Checkpoint
 from dts_fast.cli import main
-from dts_fast.dense import average
+from dts_fast.dense import average, write_like
 from dts_fast.errors import CheckpointError, DTSError
 from dts_fast.export import export_full
 from dts_fast.verify import verify
+
+
+def test_a_stack_that_is_held_in_part_is_not_written(tmp_path):
+    like = Checkpoint.open(write_checkpoint(tmp_path / "base", plain_tensors()))
+    added = {f"new.experts[{expert},0/1]": torch.randn(4, 6) for expert in (0, 2)}
+    with pytest.raises(DTSError, match=r"'new.experts' is neither in the base nor whole in the adapter, which lacks"):
+        write_like(like, tmp_path / "out", like.get, added=added)
+    assert not (tmp_path / "out").exists()
+    write_like(like, tmp_path / "out", like.get, added=added | {"new.experts[1,0/1]": torch.randn(4, 6)})
+    assert Checkpoint.open(tmp_path / "out", stacks=True).get("new.experts").shape == (3, 4, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -67,6 +67,23 @@ def test_peft_computes_the_same_from_the_exported_lora(adapter, tmp_path):
 
 
 @torch.no_grad()
+def test_running_statistics_are_saved_with_their_module(tmp_path):
+    base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)).eval()
+    tuned = moved(base)
+    tuned[1].running_mean += torch.randn(8)
+    tuned[1].running_var += torch.rand(8)
+    for name, model in (("base", base), ("tuned", tuned)):
+        save_model(model, str(tmp_path / f"{name}.safetensors"))
+    compress(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "dts", DTSConfig(rank=4))
+    assert export_lora(tmp_path / "dts", tmp_path / "base.safetensors", tmp_path / "lora") == []
+    model = DTSModel.from_pretrained(copy.deepcopy(base), tmp_path / "dts")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    x = torch.randn(2, 3, 9, 9)
+    # A mean is approximated by the adapter, and rounded to the base's type either way.
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_gpt2_keeps_its_weights_the_other_way_round(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=40, n_positions=20)
