@@ -49,6 +49,7 @@ struct Rows {
 template <int kRowTiles, int kOutputs>
 struct ForExpand {
   static constexpr int kStaged = 32;
+  static constexpr int kNumbered = 512;
   alignas(16) uint32_t words[kStaged][kOutputs];
   float4 levels[kStaged];
 };
@@ -59,12 +60,17 @@ struct ForExpandOfMany {
   static constexpr int kPages = 8;  // of a batch
   static constexpr int kBatches = kRowTiles > 4 ? 3 : 4;
   static constexpr int kListed = kRowTiles > 4 ? 256 : 512;
-  static constexpr int kNear = 16;  // pages of a slot up to which h is brought here
+  static constexpr int kNumbered = kListed;
+  static constexpr int kNear = 16;  // pages that a slot of the batch may have for h to be brought here
   uint4 words[kBatches][kPages][kOutputs / 4];
   float4 levels[kBatches][kPages];
   alignas(16) uint2 h[8 * kRowTiles][4 * kNear + 4];  // 32 bytes more than it has: rows begin in different banks
-  uint32_t listed[kListed];                // the next of the block's pages, as a row and the place in its slot's list
-  int listed_pages, next_row, next_place;  // how many those are, and where they go on
+  // The next of the block's pages: the first row of the slot with the place in its list, and the page.
+  struct Listed {
+    uint32_t row_and_place;
+    int page;
+  } listed[kListed];
+  int own_pages;  // all of the block's
 };
 
 // A block's shared memory.
@@ -73,24 +79,24 @@ struct Shared : std::conditional_t<(kGroups > 1), ForExpandOfMany<kRowTiles, 16 
                                    ForExpand<kRowTiles, 16 * kOutputTiles * kGroups>> {
   using R = Rows<kRowTiles>;
   static constexpr int kOutputs = 16 * kOutputTiles * kGroups;
-  static constexpr int kBeside = warps_beside(kGroups);
+  static constexpr int kBeside = warps_beside(kRowTiles, kGroups);
   static constexpr int kAhead = chunks_ahead(kRowTiles, kOutputTiles, kGroups, kWarps);
-  static constexpr int kNumbered = 512;  // pages whose numbers are known without another trip to memory
-  // Parts of the block's sums: each warp's of a group, or each group's of warps; where the warps beside them are as
-  // many as groups, theirs (the expand's), too. As many are here at a time as fit where the weights were.
-  static constexpr int kAll = kWarps / kGroups + (kGroups > 1);
-  static constexpr bool kLarge = kAll * 8 * kRowTiles * (kOutputs + 4) > 10000;
+  // Parts of the block's sums: each warp's of a group, or each group's of warps; in blocks of several groups the
+  // expand's, too. As many are here at a time as fit where the weights were.
+  static constexpr int kOfExpand = kGroups > 1 ? kBeside / kGroups : 0;
+  static constexpr int kAll = kWarps / kGroups + kOfExpand;
+  static constexpr bool kLarge = kAll * 8 * kRowTiles * (kOutputs + 4) > 13000;
   static constexpr int kParts = kLarge ? (kAll + 1) / 2 : kAll;
   union {
     // Each thread's own, on their way: chunks of k, both halves of a tile of outputs.
     uint4 weights[kBase ? kWarps : 1][kAhead][2 * kOutputTiles][32];
     float parts[kParts][8 * kRowTiles][kOutputs + 4];
   };
-  int page[kNumbered];
+  int page[Shared::kNumbered];  // of the first of the batch's: known without another trip to memory
   // By row; where a row is the first with its slot: its pages are number `begin` .. `begin + count` of the batch's.
   int slot[32 * R::kHalves], begin[32 * R::kHalves], count[32 * R::kHalves];
   typename R::Set same[32 * R::kHalves];  // rows with its slot
-  int pages;                              // of all distinct slots
+  int pages, most;                        // of all distinct slots, and of one of them
   int exhausted;                          // whether all claims have been taken
   int last;                               // whether this block is the last slice of its outputs to end
 
@@ -99,7 +105,7 @@ struct Shared : std::conditional_t<(kGroups > 1), ForExpandOfMany<kRowTiles, 16 
   }
   // Where page number `number` of the batch lies, which is number `place` of the slot of `row`.
   __device__ __forceinline__ const uint32_t* page_at(const DecodeProblem& p, int number, int row, int place) const {
-    const int index = number < kNumbered
+    const int index = number < Shared::kNumbered
                           ? page[number]
                           : __ldg(p.slot_pages + static_cast<int64_t>(slot[row]) * p.list_length + place);
     return p.pages + index * p.page_words;
@@ -145,7 +151,7 @@ __device__ __forceinline__ void know_batch(const DecodeProblem& p, S& shared) {
     shared.slot[row] = row < p.m ? load_result(p.slot_ids + row) : -1;
   }
   __syncwarp();
-  int before = 0;  // pages of the rows of the half before
+  int before = 0, most = 0;  // pages of the rows of the half before; the most of one
 #pragma unroll
   for (int half = 0; half < R::kHalves; ++half) {
     const int row = lane + 32 * half, slot = shared.slot[row];
@@ -177,6 +183,7 @@ __device__ __forceinline__ void know_batch(const DecodeProblem& p, S& shared) {
       if (lane >= distance) end += others;
     }
     end += before;
+    most = max(most, count);
     shared.same[row] = same;
     shared.begin[row] = end - count;
     shared.count[row] = count;
@@ -185,8 +192,11 @@ __device__ __forceinline__ void know_batch(const DecodeProblem& p, S& shared) {
 #pragma unroll 4
     for (int i = 0; i < min(count, S::kNumbered - (end - count)); ++i) shared.page[end - count + i] = __ldg(list + i);
   }
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) most = max(most, __shfl_sync(0xffffffff, most, lane ^ distance));
   if (lane == 31) {
     shared.pages = before;
+    shared.most = most;
     shared.exhausted = 0;
   }
   __syncwarp();

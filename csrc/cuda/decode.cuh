@@ -9,8 +9,8 @@
 // How blocks agree, without a deadlock whatever the grid, the occupancy, and the order in which blocks run: the shrink
 // is cut into claims (a page, a part of K), and a block takes claims until none is left. Only then does it wait for
 // those that others hold, and who holds one is running and waits for nothing. Nobody resets anything before a launch:
-// kDone is incremented once for every claim and once by every block that has seen the end, and wraps around to 0 there;
-// whoever wraps it around sets kClaimed to 0, which no one uses any more.
+// kDone is incremented once for every page whose h is complete and once by every block that has seen the end, and wraps
+// around to 0 there; whoever wraps it around sets kClaimed to 0, which no one uses any more.
 //
 // Sums do not depend on timing: partial results are added up in the order of k, by whoever comes last. Nor on what the
 // other rows use: a page is added by a warp that its slot and its place in the list choose.
@@ -22,7 +22,7 @@
 
 namespace dts_fast::cuda {
 
-// The block's barriers: all of it, and what is known about the batch.
+// The block's barriers: all of it, what is known about the batch, and (expand_many.cuh) the warps beside.
 constexpr int kKnown = 1;
 
 // A block's sums over all of its warps, in their order: afterwards in shared.parts, which `block_sum` adds up.
@@ -77,15 +77,16 @@ __device__ __forceinline__ Place place_of_block(const DecodeProblem& p) {
 }
 
 // What one block does. Grid: blocks of 16 kOutputTiles kGroups outputs, each as many times as there are slices of k.
-// Threads: kWarps warps on the base, as many of each group, and `warps_beside` them; 8 or 16 together, so that each
-// quarter of a multiprocessor has two or four. Rows: m <= 8 kRowTiles. x, weight and h are of type T, with rows of
+// Threads: kWarps warps on the base, as many of each group, and `warps_beside` them; 8, 12 or 16 together, so that each
+// quarter of a multiprocessor has as many. Rows: m <= 8 kRowTiles. x, weight and h are of type T, with rows of
 // whole 16 bytes.
 template <class T, int kRowTiles, int kOutputTiles, int kGroups, int kWarps, bool kBase>
 __device__ __forceinline__ void decode_block(const DecodeProblem& p,
                                              Shared<kRowTiles, kOutputTiles, kGroups, kWarps, kBase>& shared) {
   static_assert(kWarps % kGroups == 0);
   using S = Shared<kRowTiles, kOutputTiles, kGroups, kWarps, kBase>;
-  constexpr int kOutputs = S::kOutputs, kThreads = 32 * (kWarps + S::kBeside), kParts = kWarps / kGroups;
+  constexpr int kOutputs = S::kOutputs, kThreads = 32 * (kWarps + S::kBeside);
+  constexpr int kPartsOfBase = kWarps / kGroups;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   // The groups' warps of one part of k are neighbours, and read the same x at about the same time.
   const int own = warp / kGroups, offset = warp % kGroups * 16 * kOutputTiles;
@@ -95,34 +96,34 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
     wait_for_kernel_before();
     if (warp == kWarps) {
       know_batch<kRowTiles>(p, shared);
-      if constexpr (kGroups > 1) {
-        if (lane == 0) shared.next_row = shared.next_place = 0;
-        __syncwarp();
-        list_pages<kRowTiles>(p.slices, place_of_block(p).slice, shared);
-      }
+      if constexpr (kGroups > 1) list_pages<kRowTiles>(p, place_of_block(p).slice, 0, shared);
     }
     if constexpr (kGroups > 1) meet<kBesides>(32 * S::kBeside);
     arrive<kKnown>(kThreads);
     if (shared.pages) {
-      if constexpr (kGroups > 1) copy_first_batches<kRowTiles, kWarps>(p, place_of_block(p).in_n * kOutputs, shared);
-      shrink_claims<T, kRowTiles>(p, blocks, shared);
+      if constexpr (kGroups > 1) {
+        const int listed = min(shared.own_pages, S::kListed);
+        copy_first_batches<kWarps>(p, place_of_block(p).in_n * kOutputs, listed, shared);
+      }
+      shrink_claims<T, kRowTiles, false>(p, blocks, shared);
       if (warp == kWarps) {
         if (lane == 0) set_flag(&shared.exhausted);
         if constexpr (kGroups == 1) stage_expand(p, place_of_block(p).in_n * kOutputs, shared);
-        if (lane == 0) wait_for(p.counters + kDone, shared.pages * p.splits);
+        if (lane == 0) wait_for(p.counters + kDone, shared.pages);
         __syncwarp();
       }
       if constexpr (kGroups > 1) {
         meet<kBesides>(32 * S::kBeside);
         const Place at = place_of_block(p);
-        expand_listed<T, kRowTiles, kOutputTiles, kWarps>(p, at.in_n * kOutputs, offset, at.slice, shared, sums);
+        expand_listed<T, kRowTiles, kOutputTiles, kWarps>(p, at.in_n * kOutputs, offset, own - kPartsOfBase, at.slice,
+                                                          shared, sums);
       }
     }
   } else {
     if constexpr (kBase) {
       const Place at = place_of_block(p);
-      base_sums<T, kRowTiles, kOutputTiles, S::kAhead>(p, at.in_n * kOutputs + offset, at.slice * kParts + own,
-                                                       p.slices * kParts, shared.weights[warp], sums);
+      base_sums<T, kRowTiles, kOutputTiles, S::kAhead>(p, at.in_n * kOutputs + offset, at.slice * kPartsOfBase + own,
+                                                       p.slices * kPartsOfBase, shared.weights[warp], sums);
     } else {
       wait_for_kernel_before();
     }
@@ -130,7 +131,9 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
     meet<kKnown>(kThreads);
     // Where rows differ there may be more to shrink than the warps beside these have done by now.
     const int exhausted = lane == 0 ? read_flag(&shared.exhausted) : 0;
-    if (shared.pages && !__shfl_sync(0xffffffff, exhausted, 0)) shrink_claims<T, kRowTiles>(p, blocks, shared);
+    if (shared.pages && !__shfl_sync(0xffffffff, exhausted, 0)) {
+      shrink_claims<T, kRowTiles, kBase>(p, blocks, shared);
+    }
   }
   __syncthreads();
   if constexpr (kGroups == 1) {
@@ -145,7 +148,7 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
   if (warp == kWarps && shared.pages && lane == 0) {
     // Seen. All claims of this block were taken before the barriers above, and the last block to say so finds all
     // taken. Here, where no one waits for it.
-    const uint32_t bound = shared.pages * p.splits + blocks - 1;
+    const uint32_t bound = shared.pages + blocks - 1;
     if (fetch_increment(p.counters + kDone, bound) == bound) p.counters[kClaimed] = 0;
   }
   const auto [place_in_n, slice] = place_of_block(p);
@@ -202,7 +205,7 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
 
 #if defined(__CUDACC__)
 template <class T, int kRowTiles, int kOutputTiles, int kGroups, int kWarps, bool kBase>
-__global__ void __launch_bounds__(32 * (kWarps + warps_beside(kGroups)),
+__global__ void __launch_bounds__(32 * (kWarps + warps_beside(kRowTiles, kGroups)),
                                   resident_blocks(kRowTiles, kOutputTiles, kWarps))
     decode_kernel(const __grid_constant__ DecodeProblem p) {
   extern __shared__ uint4 memory[];  // more than a block has unasked

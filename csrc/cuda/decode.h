@@ -33,8 +33,8 @@ struct DecodeProblem {
   int list_length;
   int m, n, k;
   int splits;            // of the shrink's sums over k
-  float* partial;        // [splits, m, 16 list_length]
-  void* h;               // [m, 16 list_length] in the type of x
+  float* partial;        // [splits, m, 16 list_length], a page's ranks in the order of `place_in_h`
+  void* h;               // [m, 16 list_length] in the type of x, in the same order
   int slices;            // of the base's sums over k, each in blocks of its own
   float* slice_partial;  // [slices, blocks of n, m, outputs of a block]; not read for one slice
   bool dependent;        // launched so that it may begin before the kernel in front of it has ended
@@ -88,8 +88,8 @@ constexpr int resident_blocks(int row_tiles, int output_tiles, int warps) {
 }
 
 // Warps of a block beside those that stream weights: they know the batch, shrink, and fetch codes; in blocks of several
-// groups (many rows, so perhaps many adapters) one for each.
-constexpr int warps_beside(int groups) { return groups > 1 ? groups : 1; }
+// groups (many rows, so perhaps many adapters) they expand, too, and are two for each where registers allow.
+constexpr int warps_beside(int row_tiles, int groups) { return groups == 1 ? 1 : row_tiles > 4 ? groups : 2 * groups; }
 
 // Chunks of k whose weights a warp has under way: with two blocks or 16 warps on a multiprocessor some 64 to 100 KiB,
 // in the 99 KiB that a block may have on every architecture; 48 KiB or more where the expand needs memory, too.

@@ -1,5 +1,5 @@
 // Index arithmetic of the CUDA kernels: pages, codes, and the fragments of mma.m16n8k16. No torch, and no CUDA either
-// where a host compiler reads it: tests/native/fragments.cpp runs all of this on a CPU.
+// where a host compiler reads it: tests/native/decode.cpp runs all of this on a CPU.
 #pragma once
 
 #include <cstdint>

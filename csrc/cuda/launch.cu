@@ -31,7 +31,7 @@ cudaError_t launch_kernel(const DecodeProblem& p, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim =
       dim3(static_cast<unsigned>(blocks_of({kRowTiles, kOutputTiles, kGroups, kWarps, 1}, p.n) * p.slices));
-  config.blockDim = dim3(32 * (kWarps + warps_beside(kGroups)));
+  config.blockDim = dim3(32 * (kWarps + warps_beside(kRowTiles, kGroups)));
   config.dynamicSmemBytes = kShared;
   config.stream = stream;
   config.attrs = &attribute;

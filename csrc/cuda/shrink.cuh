@@ -14,8 +14,8 @@ __device__ __forceinline__ void add(float4& sum, const float4& part) {
 template <class T, int kTiles>
 __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32_t* page, const float4& levels,
                                             const T* x, uint32_t rows, int begin, int end, float (&sums)[kTiles][4]) {
-  // Codes come from memory, as many at once as registers hold, for one tile of rows a whole split's. x comes from a
-  // cache, some of it while others are multiplied where registers allow that.
+  // Codes come from memory, as many at once as registers hold. x comes from a cache, some of it while others are
+  // multiplied where registers allow that.
   constexpr int kCodes = kSplit / kChunk / kTiles, kInputs = kTiles < 4 ? 4 : 1;
   constexpr int kStages = kCodes / kInputs, kBuffers = kTiles == 2 ? 1 : 2;
   const int lane = here(threadIdx.x & 31), t = place(lane), g = quad(lane);
@@ -74,9 +74,10 @@ __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32
   }
 }
 
-// One split of page number `number` of the batch, which is of the slot of row `first`, by one warp.
-template <class T, int kRowTiles, class S>
-__device__ __forceinline__ void shrink_split(const DecodeProblem& p, const S& shared, int number, int first,
+// One split of page number `number` of the batch, which is of the slot of row `first`, by one warp. Returns whether
+// that completes the page's h.
+template <class T, int kRowTiles, bool kOtherSums, class S>
+__device__ __forceinline__ bool shrink_split(const DecodeProblem& p, const S& shared, int number, int first,
                                              int split) {
   using R = Rows<kRowTiles>;
   const typename R::Set same = shared.same[first];
@@ -88,6 +89,11 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, const S& sh
   const float weight = __ldg(p.slot_weights + entry), s0 = __ldg(s + g), s1 = __ldg(s + g + 8);
   const float4 u = load_levels(page, kULevels), v = load_levels(page, kVLevels);
   const int chunks = (here(p.k) + kChunk - 1) / kChunk, span = (chunks + p.splits - 1) / p.splits;
+  if (kRowTiles > 2) {
+    // Registers do not hold all of a split's codes: those that are loaded later come nearer meanwhile, 2 KiB.
+    const uint32_t* const codes = page + kTiles + (split * span + lane / 2) * kChunkWords + lane % 2 * kTileWords;
+    if (lane / 2 < min(span, chunks - split * span)) prefetch(codes), prefetch(codes + kTileWords / 2);
+  }
   const int64_t width = static_cast<int64_t>(kRanks) * here(p.list_length);
   T* const h = static_cast<T*>(p.h);
   // `rows` of so many tiles, the first of which begins at row `before`.
@@ -115,11 +121,17 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, const S& sh
     }
   };
   constexpr int kTiles = kRowTiles < 4 ? kRowTiles : 4;
-  // Where rows differ an adapter often has one: then the other tiles' share of the work is left out.
   const auto shrink_rows = [&](uint32_t rows, int before) {
+    // Where rows differ an adapter often has one: then the other tiles' share of the work is left out. Who has other
+    // sums in registers takes one tile at a time.
     const int tile = kTiles > 2 ? (__ffs(static_cast<int>(rows)) - 1) / 8 : 0;
-    if (kTiles > 2 && !(rows & ~(0xffu << (8 * tile)))) {
-      shrink_tiles(std::integral_constant<int, 1>(), rows >> (8 * tile), before + 8 * tile);
+    if (kTiles > 2 && (kOtherSums || !(rows & ~(0xffu << (8 * tile))))) {
+#pragma unroll 1
+      for (int i = tile; rows >> (8 * i); ++i) {
+        const uint32_t of_tile = rows >> (8 * i) & 0xff;
+        if (of_tile) shrink_tiles(std::integral_constant<int, 1>(), of_tile, before + 8 * i);
+        if (i == 3) break;  // a shift by 32 is none
+      }
     } else {
       shrink_tiles(std::integral_constant<int, kTiles>(), rows, before);
     }
@@ -133,13 +145,13 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, const S& sh
       if (rows) shrink_rows(rows, 32 * half);
     }
   }
-  if (p.splits == 1) return;
+  if (p.splits == 1) return true;
   // Whoever comes last adds up all splits, in their order. What the warp has stored is released with lane 0's count,
   // and what others have is acquired with it.
   __syncwarp();
   uint32_t* const arrivals = p.counters + kArrivals + first * p.list_length + place_in_list;
   const int last = lane == 0 && increment_is_last(arrivals, p.splits - 1);
-  if (!__shfl_sync(0xffffffff, last, 0)) return;
+  if (!__shfl_sync(0xffffffff, last, 0)) return false;
   __syncwarp();
   // Four columns a lane, eight rows at a time: few trips to memory, as all blocks may be waiting for this.
   const int splits = here(p.splits);
@@ -155,25 +167,30 @@ __device__ __forceinline__ void shrink_split(const DecodeProblem& p, const S& sh
     }
     *reinterpret_cast<uint2*>(h + at) = {pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w)};
   }
+  return true;
 }
 
-// Shrinks what no one else has claimed, by one warp, until nothing is left.
-template <class T, int kRowTiles, class S>
+// Shrinks what no one else has claimed, by one warp, until nothing is left; one that has other sums in its registers,
+// or has not.
+template <class T, int kRowTiles, bool kOtherSums, class S>
 __device__ __forceinline__ void shrink_claims(const DecodeProblem& p, int blocks, S& shared) {
   using R = Rows<kRowTiles>;
   const int lane = threadIdx.x & 31;
+  const auto claim_next = [&] { return lane == 0 ? fetch_add(p.counters + kClaimed) : 0; };
+  uint32_t next = claim_next();
   while (true) {
-    const uint32_t claims = shared.pages * here(p.splits);
-    uint32_t claim = 0;
-    if (lane == 0) claim = fetch_add(p.counters + kClaimed);
-    claim = __shfl_sync(0xffffffff, claim, 0);
+    const uint32_t claims = shared.pages * here(p.splits), claim = __shfl_sync(0xffffffff, next, 0);
     if (claim >= claims) break;
+    // Where there are many for each warp, the next one's number is on its way meanwhile.
+    const bool ahead = kRowTiles > 2 && claims > 4u * S::kBeside * blocks;
+    if (ahead) next = claim_next();
     // Neighbours are the splits of one page, which so end at about the same time.
     const int number = static_cast<int>(claim) / p.splits, split = static_cast<int>(claim) % p.splits;
     const int first = R::first(R::where([&](int half) { return shared.holds(lane + 32 * half, number); }));
-    shrink_split<T, kRowTiles>(p, shared, number, first, split);
+    const bool complete = shrink_split<T, kRowTiles, kOtherSums>(p, shared, number, first, split);
     __syncwarp();
-    if (lane == 0) increment_release(p.counters + kDone, claims + blocks - 1);
+    if (complete && lane == 0) increment_release(p.counters + kDone, shared.pages + blocks - 1);
+    if (!ahead) next = claim_next();
   }
 }
 

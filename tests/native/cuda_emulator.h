@@ -108,7 +108,13 @@ inline void exchange(const uint32_t (&mine)[kWords], uint32_t (&all)[32][8]) {
   meet(w.arrived, w.turn, 32);
 }
 
+[[noreturn]] inline void fail(const char* what) {
+  std::printf("%s\n", what);
+  std::exit(1);
+}
+
 inline void copy(void* to, const void* from, size_t bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) fail("a copy is not aligned");
   std::memset(to, 0xff, bytes);  // whoever reads it too early gets NaN
   running->groups.back().push_back({to, from, bytes});
 }
@@ -125,6 +131,9 @@ inline void wait_for_groups(size_t left) {
 
 inline void entry() {
   (*body)(*running->block);
+  for (const auto& group : running->groups) {
+    if (!group.empty()) fail("a thread ends before its copies");
+  }
   running->done = true;
   --running->block->left;
   ++events;

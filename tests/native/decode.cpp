@@ -97,6 +97,7 @@ float normal() { return std::normal_distribution<float>()(generator); }
 
 struct Case {
   int m, n, k, slots, list_length, splits, slices, resident;
+  int full = 0;  // not 0: every row its own slot, of so many pages
 };
 
 [[noreturn]] void fail(const char* what, const Case& c) {
@@ -122,14 +123,14 @@ void run(const Case& c) {
   std::vector<int32_t> slot_pages(c.slots * c.list_length), ids(c.m);
   std::vector<float> weights(c.slots * c.list_length);
   for (int s = 0; s < c.slots; ++s) {
-    const int used = draw(0, c.list_length);
+    const int used = c.full ? c.full : draw(0, c.list_length);
     for (int l = 0; l < c.list_length; ++l) {
       slot_pages[s * c.list_length + l] = l < used ? draw(0, pages - 1) : -1;
       weights[s * c.list_length + l] = normal();
     }
   }
   const bool none = draw(0, 9) == 0;
-  for (auto& id : ids) id = none ? -1 : draw(-1, c.slots - 1);
+  for (int m = 0; m < c.m; ++m) ids[m] = c.full ? m : none ? -1 : draw(-1, c.slots - 1);
   const int x_stride = c.k + 8 * draw(0, 2), w_stride = c.k + 8 * draw(0, 1), y_stride = c.n + draw(0, 3);
   const auto tensor = [](int rows, int stride, float scale) {
     auto t = std::vector<Bf16>(static_cast<size_t>(rows) * stride + 8);
@@ -165,8 +166,8 @@ void run(const Case& c) {
   p.partial = partial.data(), p.h = aligned(h), p.counters = counters.data();
   using Memory = Shared<kRowTiles, kOutputTiles, kGroups, kWarps, kBase>;
   const auto launch = [&] {
-    return emulated::launch(blocks, 32 * (kWarps + warps_beside(kGroups)), c.resident, generator(), sizeof(Memory),
-                            [&](emulated::Block& block) {
+    return emulated::launch(blocks, 32 * (kWarps + warps_beside(kRowTiles, kGroups)), c.resident, generator(),
+                            sizeof(Memory), [&](emulated::Block& block) {
                               decode_block<Bf16, kRowTiles, kOutputTiles, kGroups, kWarps, kBase>(
                                   p, *reinterpret_cast<Memory*>(block.shared.data()));
                             });
@@ -258,9 +259,12 @@ void run_many(int count) {
   const int k = 32 * (2 * ahead * kWarps / kGroups + 3) + 8;
   const Case large = {8 * kRowTiles - 1, 16 * kOutputTiles * kGroups + 1, k, 3, 2 * kWarps + 6, choose_splits(k), 2, 2};
   run<kRowTiles, kOutputTiles, kGroups, kWarps, true>(large);
-  // More pages than are listed at a time, with h where it is near and where it is not.
-  for (int list_length : {16, 20}) {
-    const Case distinct = {8 * kRowTiles, 130, 72, 8 * kRowTiles, kGroups > 1 ? list_length : 2, 2, draw(1, 2), 2};
+  if (kGroups == 1) return;
+  // More pages than are listed at a time, and than have their numbers at hand; h where it is near (also where the table
+  // has room for more) and where it is not.
+  for (int slices : {1, 2}) {
+    const int pages = slices == 1 ? 16 : 18;
+    const Case distinct = {8 * kRowTiles, 100, 40, 8 * kRowTiles, pages + 2, 2, slices, 2, pages};
     run<kRowTiles, kOutputTiles, kGroups, kWarps, true>(distinct);
   }
 }
