@@ -1,6 +1,6 @@
 // y^T += U h^T where rows are many, and so perhaps adapters: by the warps beside those that stream weights, at the same
 // time. Every row its own adapter means hundreds of pages a block, whose codes are as much as a quarter of its weights
-// and take as many instructions to decode as all the rest: behind the base they would take as long as the base itself.
+// and take more instructions to decode than the base: behind it they would take as long again.
 #pragma once
 
 #include "expand.cuh"
@@ -97,11 +97,16 @@ __device__ __forceinline__ void add_batch(const DecodeProblem& p, int offset, in
   const int lane = here(threadIdx.x & 31), t = place(lane), g = quad(lane), buffer = batch % S::kBatches;
   const int pages = min(listed - batch * S::kPages, S::kPages);
   const int64_t width = static_cast<int64_t>(kRanks) * here(p.list_length);
-  // A lane knows about one page, and tells the others.
+  // A lane knows about one page, and tells the others: its place; the tile of rows that use it, where it is only one
+  // (as most often where rows differ); which rows of that.
   const int mine = min(lane % S::kPages, pages - 1);
   const uint32_t row_and_place = shared.listed[batch * S::kPages + mine].row_and_place;
   const int row_of_mine = row_and_place & 63, place_of_mine = static_cast<int>(row_and_place >> 6);
   const typename R::Set same = shared.same[row_of_mine];
+  const int first_tile = R::first(same) / 8;
+  const uint32_t of_tile = static_cast<uint32_t>(same >> (8 * first_tile)) & 0xff;
+  const bool alone = same == static_cast<typename R::Set>(of_tile) << (8 * first_tile);
+  const uint32_t about_mine = of_tile | (alone ? first_tile : kRowTiles) << 8 | place_of_mine << 12;
   const Table of_mine = table_of<T>(shared.levels[buffer][mine]);
   bool own = lane < pages;
   if (S::kOfExpand > 1) {
@@ -115,32 +120,35 @@ __device__ __forceinline__ void add_batch(const DecodeProblem& p, int offset, in
     const uint32_t* const from = words + i * S::kOutputs + output_of<kOutputTiles>(0, 0, g);
     decode_outputs(table, load_codes<2 * kOutputTiles>(from, true), t, u);
   };
+  // h of a tile's rows: zeros for those that do not use the page, whatever there is.
+  const auto load_hidden = [&](int j, int at, bool uses) -> uint2 {
+    if constexpr (kNear) {
+      const uint2 h = shared.h[8 * j + g][4 * at + t];
+      return uses ? h : uint2{};
+    } else {
+      const T* const h = static_cast<const T*>(p.h) + (8 * j + g) * width + at * kRanks;
+      return uses ? __ldcg(reinterpret_cast<const uint2*>(h) + t) : uint2{};
+    }
+  };
   // Adds a page that is decoded, and decodes the one behind it.
   const auto step = [&](const Pairs(&now)[2 * kOutputTiles], Pairs(&next)[2 * kOutputTiles]) {
     const int i = __ffs(static_cast<int>(left)) - 1;
     left &= left - 1;
-    const int place_in_list = __shfl_sync(0xffffffff, place_of_mine, i);
-    const typename R::Set users = R::of_lane(same, i);
-    const T* const far = static_cast<const T*>(p.h) + g * width + place_in_list * kRanks;
-    const uint2* const from = kNear ? &shared.h[g][4 * place_in_list + t] : reinterpret_cast<const uint2*>(far) + t;
-    const int64_t stride = kNear ? sizeof shared.h[0] / sizeof(uint2) : width / 4;
-    const auto load_hidden = [&](int j) -> uint2 {  // zeros for rows that do not use the page, whatever there is
-      const bool uses = R::has(users, 8 * j + g);
-      if constexpr (kNear) {
-        const uint2 h = from[8 * j * stride];
-        return uses ? h : uint2{};
-      } else {
-        return uses ? __ldcg(from + 8 * j * stride) : uint2{};
-      }
-    };
-    // Where rows differ, most often all of an adapter's are in one tile.
-    const int tile = R::first(users) / 8;
-    const bool one = !(users & ~(static_cast<typename R::Set>(0xff) << (8 * tile)));
-    const uint2 of_tile = load_hidden(tile);
+    const uint32_t about = __shfl_sync(0xffffffff, about_mine, i);
+    const int tile = about >> 8 & 15, at = static_cast<int>(about >> 12);
+    const uint2 h = tile < kRowTiles ? load_hidden(tile, at, about >> g & 1) : uint2{};
     decode_page(left ? __ffs(static_cast<int>(left)) - 1 : i, next);
+    if (tile < kRowTiles) {
 #pragma unroll
-    for (int j = 0; j < kRowTiles; ++j) {
-      if (one ? j == tile : R::meets(users, j)) add_page<T>(now, j == tile ? of_tile : load_hidden(j), j, sums);
+      for (int j = 0; j < kRowTiles; ++j) {
+        if (j == tile) add_page<T>(now, h, j, sums);
+      }
+    } else {
+      const typename R::Set users = R::of_lane(same, i);
+#pragma unroll
+      for (int j = 0; j < kRowTiles; ++j) {
+        if (R::meets(users, j)) add_page<T>(now, load_hidden(j, at, R::has(users, 8 * j + g)), j, sums);
+      }
     }
   };
   Pairs even[2 * kOutputTiles], odd[2 * kOutputTiles];
