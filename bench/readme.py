@@ -302,7 +302,8 @@ def machine_code() -> str:
             continue
         if row["kernel"] == "decode_kernel":
             tiles, outputs, groups, warps = row["shape"]
-            block = f"{8 * tiles} rows, {16 * outputs * groups} outputs, {warps} + {groups} warps"
+            beside = 1 if groups == 1 else groups if tiles > 4 else 2 * groups  # `warps_beside` of csrc/cuda/decode.h
+            block = f"{8 * tiles} rows, {16 * outputs * groups} outputs, {warps} + {beside} warps"
             block += "" if row["base"] else ", no base"
             shared = "<= 99 KiB, dynamic"
         else:

@@ -85,6 +85,7 @@ struct Shared : std::conditional_t<(kGroups > 1), ForExpandOfMany<kRowTiles, 16 
   // expand's, too. As many are here at a time as fit where the weights were.
   static constexpr int kOfExpand = kGroups > 1 ? kBeside / kGroups : 0;
   static constexpr int kAll = kWarps / kGroups + kOfExpand;
+  // (At 32 rows of several groups all do, 12672 floats.)
   static constexpr bool kLarge = kAll * 8 * kRowTiles * (kOutputs + 4) > 13000;
   static constexpr int kParts = kLarge ? (kAll + 1) / 2 : kAll;
   union {

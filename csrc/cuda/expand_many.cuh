@@ -106,7 +106,7 @@ __device__ __forceinline__ void add_batch(const DecodeProblem& p, int offset, in
   const int first_tile = R::first(same) / 8;
   const uint32_t of_tile = static_cast<uint32_t>(same >> (8 * first_tile)) & 0xff;
   const bool alone = same == static_cast<typename R::Set>(of_tile) << (8 * first_tile);
-  const uint32_t about_mine = of_tile | (alone ? first_tile : kRowTiles) << 8 | place_of_mine << 12;
+  const uint32_t about_mine = of_tile | (alone ? first_tile : kRowTiles) << 8 | row_and_place >> 6 << 12;
   const Table of_mine = table_of<T>(shared.levels[buffer][mine]);
   bool own = lane < pages;
   if (S::kOfExpand > 1) {
@@ -161,8 +161,8 @@ __device__ __forceinline__ void add_batch(const DecodeProblem& p, int offset, in
   }
 }
 
-// The block's part of the expand, by the warps beside, each the outputs of one group. The first batches are on their
-// way, and h is complete.
+// The block's part of the expand, by the warps beside, each the outputs of one group, and where two share it a part of
+// its pages. The first batches are on their way, and h is complete.
 template <class T, int kRowTiles, int kOutputTiles, int kWarps, class S>
 __device__ __forceinline__ void expand_listed(const DecodeProblem& p, int first, int offset, int part, int slice,
                                               S& shared, float (&sums)[kOutputTiles][kRowTiles][4]) {

@@ -120,12 +120,12 @@ __device__ __forceinline__ bool shrink_split(const DecodeProblem& p, const S& sh
       }
     }
   };
-  constexpr int kTiles = kRowTiles < 4 ? kRowTiles : 4;
+  constexpr int kAtOnce = kRowTiles < 4 ? kRowTiles : 4;
   const auto shrink_rows = [&](uint32_t rows, int before) {
     // Where rows differ an adapter often has one: then the other tiles' share of the work is left out. Who has other
     // sums in registers takes one tile at a time.
-    const int tile = kTiles > 2 ? (__ffs(static_cast<int>(rows)) - 1) / 8 : 0;
-    if (kTiles > 2 && (kOtherSums || !(rows & ~(0xffu << (8 * tile))))) {
+    const int tile = kAtOnce > 2 ? (__ffs(static_cast<int>(rows)) - 1) / 8 : 0;
+    if (kAtOnce > 2 && (kOtherSums || !(rows & ~(0xffu << (8 * tile))))) {
 #pragma unroll 1
       for (int i = tile; rows >> (8 * i); ++i) {
         const uint32_t of_tile = rows >> (8 * i) & 0xff;
@@ -133,7 +133,7 @@ __device__ __forceinline__ bool shrink_split(const DecodeProblem& p, const S& sh
         if (i == 3) break;  // a shift by 32 is none
       }
     } else {
-      shrink_tiles(std::integral_constant<int, kTiles>(), rows, before);
+      shrink_tiles(std::integral_constant<int, kAtOnce>(), rows, before);
     }
   };
   if constexpr (R::kHalves == 1) {
@@ -181,8 +181,10 @@ __device__ __forceinline__ void shrink_claims(const DecodeProblem& p, int blocks
   while (true) {
     const uint32_t claims = shared.pages * here(p.splits), claim = __shfl_sync(0xffffffff, next, 0);
     if (claim >= claims) break;
-    // Where there are many for each warp, the next one's number is on its way meanwhile.
-    const bool ahead = kRowTiles > 2 && claims > 4u * S::kBeside * blocks;
+    // Where there are many for each warp, the next one's number is on its way meanwhile; not that of the last ones, for
+    // which others would wait.
+    const uint32_t warps = S::kBeside * blocks;
+    const bool ahead = kRowTiles > 2 && claims > 4 * warps && claim + warps < claims;
     if (ahead) next = claim_next();
     // Neighbours are the splits of one page, which so end at about the same time.
     const int number = static_cast<int>(claim) / p.splits, split = static_cast<int>(claim) % p.splits;

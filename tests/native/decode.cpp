@@ -263,7 +263,7 @@ void run_many(int count) {
   // More pages than are listed at a time, and than have their numbers at hand; h where it is near (also where the table
   // has room for more) and where it is not.
   for (int slices : {1, 2}) {
-    const int pages = slices == 1 ? 16 : 18;
+    const int pages = slices == 1 ? 16 : kRowTiles > 4 ? 18 : 34;
     const Case distinct = {8 * kRowTiles, 100, 40, 8 * kRowTiles, pages + 2, 2, slices, 2, pages};
     run<kRowTiles, kOutputTiles, kGroups, kWarps, true>(distinct);
   }
