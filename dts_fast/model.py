@@ -460,12 +460,21 @@ class DTSModel(nn.Module):
     def _base_route(self, expandable: bool, main: Tensor | None) -> LeasedRoute:
         """A route that has nothing of this call's, and leases nothing: made once."""
         key = expandable, None if main is None else main.shape[0], self._live.device
+
+        def make() -> LeasedRoute:
+            lease = Lease(self.slots, {BASE: BASE_SLOT}, key[2])
+            return LeasedRoute(BASE, expandable=expandable, lease=lease, rows=key[1])
+
+        # A graph that is traced or captured gets ids of its own: see `slot_ids`.
+        if torch.compiler.is_compiling() or (key[2].type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return make()
         found = self._base_routes.get(key)
         if found is None:
+            found = make()
             if len(self._base_routes) >= _MOST_BASE_ROUTES:
                 self._base_routes.clear()
-            lease = Lease(self.slots, {BASE: BASE_SLOT}, key[2])
-            found = self._base_routes[key] = LeasedRoute(BASE, expandable=expandable, lease=lease, rows=key[1])
+            if type(found.ids) is Tensor:  # and not a fake one
+                self._base_routes[key] = found
         return found
 
     def _has_file(self, name: str) -> bool:

@@ -401,6 +401,8 @@ def test_what_is_hooked_onto_a_wrapper_runs_for_the_base_too(change, layer):
 def test_another_base_layer_in_its_place_serves_calls_of_the_base():
     wrapper, other, x = DTSLinear(nn.Linear(12, 10)), nn.Linear(12, 10), torch.randn(2, 12)
     wrapper.base_layer = other
+    with torch.no_grad(), route("__base__"), pytest.raises(TypeError, match="input"):
+        wrapper()
     for same in (wrapper, copy.copy(wrapper), copy.deepcopy(wrapper), pickle.loads(pickle.dumps(wrapper))):
         with torch.no_grad(), route("__base__"):
             assert torch.equal(same(x), other(x))

@@ -102,12 +102,12 @@ class DTSLinear(BankedModule):
         # are, because an attribute of a module is looked for in several places.
         if not is_dynamo_compiling() and ROUTES.base_only and not is_grad_enabled():
             layer = self._unhooked
-            if type(layer) is nn.Linear and not kwargs:
+            if type(layer) is nn.Linear and len(args) == 1 and not kwargs:
                 own = layer.__dict__
                 hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or OF_ALL_BEFORE or OF_ALL
                 if not (hooked or "forward" in own or "_compiled_call_impl" in own):
                     own = own["_parameters"]
-                    return linear(*args, own["weight"], own["bias"])
+                    return linear(args[0], own["weight"], own["bias"])
         return DTSModule.__call__(self, *args, **kwargs)
 
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
