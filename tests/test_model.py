@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dts_fast import DTSConfig, DTSModel, compress, fuse, native, route
 from dts_fast.errors import BaseMismatchError, CapacityError, DTSError, RoutingError, UnknownAdapterError
@@ -115,6 +116,16 @@ def test_active_adapter_disable_and_delete(family):
     assert torch.equal(model(**family.inputs, adapter_names="again").logits, b)
     with pytest.raises(UnknownAdapterError, match="'b'; loaded: 'a', 'again'"):
         model.set_adapter("b")
+
+
+def test_what_a_trace_makes_of_a_base_only_call_is_not_kept(family):
+    model, x = family.model(), torch.empty(57, 2)  # rows that no other test has
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model._base_route(False, x)
+    real = model._base_route(False, x)
+    assert type(real.ids) is torch.Tensor
+    assert real.ids.tolist() == [-1] * 57
+    assert model._base_route(False, x) is real
 
 
 @torch.no_grad()
