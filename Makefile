@@ -36,7 +36,7 @@ bench: $(VENV)/.installed
 sanitize:
 	mkdir -p build
 	$(CXX) -std=c++20 -O1 -g -Wno-psabi -DDTS_FAST_POISON -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
-		tests/native/sanitize.cpp csrc/cpu/batch.cpp csrc/cpu/paging.cpp csrc/cpu/isa.cpp csrc/cpu/scalar.cpp csrc/cpu/avx2.cpp csrc/cpu/avx512.cpp csrc/cpu/amx.cpp
+		tests/native/sanitize.cpp csrc/cpu/batch.cpp csrc/cpu/paging.cpp csrc/cpu/isa.cpp csrc/cpu/scalar.cpp csrc/cpu/avx2.cpp csrc/cpu/avx512.cpp csrc/cpu/avx512_bf16.cpp csrc/cpu/amx.cpp
 	build/sanitize
 
 fuzz: $(VENV)/.installed

@@ -70,7 +70,9 @@ def test_equal_magnitudes_split_the_same_way_every_time():
     assert int((threshold(values)[0] == 0).sum()) == 500
 
 
-@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (40, 40), (129, 31), (2, 2)])
+# Not [2, 2]: elements of an orthogonal factor of that size are as large as one another, so that rounding decides which
+# of them are below the median.
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (40, 40), (129, 31), (3, 3)])
 @pytest.mark.parametrize("density", [0.1, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_paper_method_equals_the_published_algorithm(shape, density, dtype):

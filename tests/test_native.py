@@ -94,6 +94,19 @@ def test_what_runs_on_import_runs_on_any_processor():
     assert [name for name, body in initialisers if re.search(r"%[yz]mm|%k[0-7]", body)] == []
 
 
+@pytest.mark.skipif(native.MODULE is None, reason=f"extension {native.REASON}")
+def test_pairs_of_bfloat16_are_chosen_where_they_are_fast():
+    cpuinfo = Path("/proc/cpuinfo")
+    isas = native.MODULE.cpu_isas()
+    if not cpuinfo.exists() or "avx512_bf16" not in isas:
+        pytest.skip("needs a processor with avx512_bf16")
+    best = "avx512_bf16" if "AuthenticAMD" in cpuinfo.read_text() else "amx" if "amx" in isas else "avx512"
+    code = "from dts_fast import native; print(native.MODULE.cpu_isa())"
+    environment = {name: value for name, value in os.environ.items() if name != "DTS_FAST_CPU_ISA"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == best
+
+
 @pytest.mark.parametrize("isa", [*(native.MODULE.cpu_isas() if native.MODULE else []), "mmx"])
 def test_the_environment_chooses_the_instruction_set(isa):
     code = """

@@ -17,14 +17,19 @@ from dts_fast.codes import CodedMatrix, LowRankDelta, PageLayout, from_pages, pa
 from dts_fast.packing import pack_weight, packed_shape, unpack_weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass
 class Backend:
     linear: object
     add_delta_: object = None
-    # Units in the last place that levels, and h, are rounded by for 16-bit matrix units, as far as they are.
-    rounded: float = 0.0
+    # Types for which levels and h are rounded to 16 bits, each by half a unit in the last place.
+    rounding: tuple[torch.dtype, ...] = ()
+
+    def rounded(self, dtype: torch.dtype) -> float:
+        """Units in the last place by which two levels and h are rounded."""
+        return 1.5 if dtype in self.rounding else 0.0
 
 
 def on_isa(isa: str, op):
@@ -63,17 +68,19 @@ TRITON = {}
 if find_spec("triton"):
     from dts_fast import triton
 
-    TRITON = {"triton": Backend(on_device(DEVICE, triton.linear), on_device(DEVICE, triton.add_delta_), 1.5)}
+    TRITON = {"triton": Backend(on_device(DEVICE, triton.linear), on_device(DEVICE, triton.add_delta_), HALVES)}
 
 if torch.cuda.is_available():
-    TRITON["registered on the GPU"] = Backend(on_device("cuda", ops.linear), on_device("cuda", ops.add_delta_), 1.5)
+    TRITON["registered on the GPU"] = Backend(on_device("cuda", ops.linear), on_device("cuda", ops.add_delta_), HALVES)
 
 ISAS = native.MODULE.cpu_isas() if native.MODULE else []
+# Instruction sets that multiply pairs of bfloat16.
+PAIRS = {"avx512_bf16": (torch.bfloat16,)}
 BACKENDS = {
     "plain": Backend(reference.linear, reference.add_delta_),
-    "registered": Backend(ops.linear, ops.add_delta_),
-    **{f"cpu {isa}": Backend(on_isa(isa, ops.linear), on_isa(isa, ops.add_delta_)) for isa in ISAS},
-    **{f"packed cpu {isa}": Backend(on_isa(isa, packed)) for isa in ISAS},
+    "registered": Backend(ops.linear, ops.add_delta_, PAIRS.get(native.MODULE.cpu_isa(), ()) if native.MODULE else ()),
+    **{f"cpu {isa}": Backend(on_isa(isa, ops.linear), on_isa(isa, ops.add_delta_), PAIRS.get(isa, ())) for isa in ISAS},
+    **{f"packed cpu {isa}": Backend(on_isa(isa, packed), None, PAIRS.get(isa, ())) for isa in ISAS},
     **TRITON,
 }
 ADDING = [name for name, backend in BACKENDS.items() if backend.add_delta_]
@@ -165,7 +172,7 @@ def test_linear_against_the_reference(backend, dtype, shape, with_bias):
     truth = reference.linear(x.double(), weight.double(), wide, *bank.tensors, slot_ids)
     base = torch.nn.functional.linear(x.double(), weight.double(), wide)
     magnitude = x.double().abs() @ weight.double().abs().t() + (truth - base).abs() + x.double().abs().sum(1)[:, None]
-    rounded = BACKENDS[backend].rounded * delta_magnitude(PageLayout(n, k), bank, x, slot_ids)
+    rounded = BACKENDS[backend].rounded(dtype) * delta_magnitude(PageLayout(n, k), bank, x, slot_ids)
     within_rounding(y, truth, base, magnitude, rounded)
 
 
@@ -182,7 +189,7 @@ def test_add_delta_against_the_reference(backend, dtype, shape, transpose):
     truth, base = y.double(), y.double()
     reference.add_delta_(truth, x.double(), *bank.tensors, slot_ids, transpose=transpose)
     BACKENDS[backend].add_delta_(y, x, *bank.tensors, slot_ids, transpose=transpose)
-    rounded = BACKENDS[backend].rounded * delta_magnitude(PageLayout(n, k), bank, x, slot_ids, transpose)
+    rounded = BACKENDS[backend].rounded(dtype) * delta_magnitude(PageLayout(n, k), bank, x, slot_ids, transpose)
     within_rounding(y, truth, base, (truth - base).abs() + x.double().abs().sum(1)[:, None], rounded)
 
 
@@ -446,5 +453,5 @@ def test_any_legal_call(backend, call):
     truth = reference.linear(x.double(), weight.double(), None, *bank.tensors, slot_ids)
     base = x.double() @ weight.double().t()
     magnitude = x.double().abs() @ weight.double().abs().t() + (truth - base).abs() + x.double().abs().sum(1)[:, None]
-    rounded = BACKENDS[backend].rounded * delta_magnitude(PageLayout(n, k), bank, x, slot_ids)
+    rounded = BACKENDS[backend].rounded(dtype) * delta_magnitude(PageLayout(n, k), bank, x, slot_ids)
     within_rounding(y, truth, base, magnitude, rounded)

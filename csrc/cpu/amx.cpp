@@ -20,6 +20,7 @@ namespace dts_fast::cpu {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr bool kPairs = false;
 const Kernels& kFewRows = kAvx512;
 
 #include "types.inc"

@@ -21,7 +21,8 @@ constexpr int kLanes = 8;
 constexpr int kSums = 8;
 constexpr int64_t kRange = 1024;
 constexpr int kPanelRows = 2;
-constexpr int64_t kPanelAhead = 2048;
+constexpr bool kFarAhead = false;
+constexpr bool kPairs = false;
 constexpr int kMostRows = 4;
 
 #include "types.inc"
@@ -43,17 +44,18 @@ inline void store_narrow(Half* p, Vec v) {
 }
 
 // The four levels in each half: vpermilps looks up within halves, by the two lowest bits of each lane.
-typedef Vec Table;
+template <>
+struct Levels<float> {
+  __m256 table;
 
-inline Table table_of(const float* levels) {
-  return reinterpret_cast<Table>(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(levels)));
-}
+  Levels() = default;
+  explicit Levels(const float* levels) : table(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(levels))) {}
+  inline __attribute__((always_inline)) Vec look_up(Word codes) const {
+    return reinterpret_cast<Vec>(_mm256_permutevar_ps(table, reinterpret_cast<__m256i>(codes)));
+  }
+};
 
-inline Vec lookup(Table table, Word codes) {
-  return reinterpret_cast<Vec>(_mm256_permutevar_ps(reinterpret_cast<__m256>(table), reinterpret_cast<__m256i>(codes)));
-}
-
-inline Vec broadcast(float value) { return reinterpret_cast<Vec>(_mm256_set1_ps(value)); }
+inline Vec spread(const float* p) { return reinterpret_cast<Vec>(_mm256_set1_ps(*p)); }
 
 // Keeps the compiler from loading the value again for each use.
 inline void in_register(Vec& value) { __asm__("" : "+x"(value)); }
@@ -64,8 +66,7 @@ inline void in_register(Vec& value) { __asm__("" : "+x"(value)); }
 #include "panels.inc"
 
 // Tables of pairs need registers of 16 floats.
-constexpr decltype(Kernels::shrink_one) shrink_one = nullptr;
-constexpr decltype(Kernels::expand_one) expand_one = nullptr;
+constexpr std::nullptr_t shrink_one = nullptr, expand_one = nullptr;
 
 }  // namespace
 

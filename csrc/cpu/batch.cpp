@@ -13,11 +13,12 @@ namespace {
 
 constexpr int64_t kElementSize[kDTypes] = {4, 2, 2};
 
-// Rows of one call that are in flight together: as many as leave their inputs, in float32 and packed, in the
-// second-level cache, but enough that the weights, which are read again for each such part, are not what takes the
-// time. On packed weights a range of k of the inputs serves a whole block of outputs, so that the third level does.
-int64_t rows_in_flight(const Problem& p) {
-  const int64_t inputs = p.panels ? 1 << 21 : 1 << 18;
+// Rows of one call that are in flight together: as many as leave their inputs, as they are multiplied and packed, in
+// the second-level cache, but enough that the weights, which are read again for each such part, are not what takes the
+// time. On packed weights a range of k of the inputs serves a whole block of outputs, so that the third level does; and
+// so it does for rows of bfloat16, whose base torch computes where they are many.
+int64_t rows_in_flight(const Problem& p, const Kernels& kernels) {
+  const int64_t inputs = p.panels || kernels.row_size[p.dtype] == 2 ? 1 << 21 : 1 << 18;
   constexpr int64_t kLeast = 64, kMost = 512;
   if (p.ids) return kMost;
   return std::clamp(inputs / std::max<int64_t>(p.k, 1) / 8 * 8, kLeast, kMost);
@@ -28,9 +29,9 @@ constexpr int64_t kBlock = 64;
 constexpr int64_t kBlockOfOne = 256;
 // The same for many rows of a packed base.
 constexpr int64_t kBlockOfPanels = 256, kRowsOfPanels = 48;
-// Elements between widened rows that panels are multiplied with, so that rows of a power of two of them do not all lie
-// in the same few sets of the first-level cache.
-constexpr int64_t kApart = 16;
+// Bytes between rows that are read side by side, so that rows of a power of two of them do not all lie in the same few
+// sets of the first-level cache.
+constexpr int64_t kApart = 64;
 // Pages and rows of one task of a shrink.
 constexpr int64_t kTaskPages = 8;
 constexpr int64_t kTaskRows = 32;
@@ -51,7 +52,11 @@ struct Task {
 class Batch {
  public:
   Batch(const Problem& p, const Kernels& kernels, int64_t first_row, int64_t rows)
-      : p_(p), kernels_(kernels), rows_(rows), wide_stride_(round_up(p.k, kPad) + (p.panels && rows > 1 ? kApart : 0)) {
+      : p_(p),
+        kernels_(kernels),
+        rows_(rows),
+        row_size_(kernels.row_size[p.dtype]),
+        stride_(round_up(p.k, kPad) + (spaced(p, kernels) && rows > 1 ? kApart / row_size_ : 0)) {
     const int32_t* const ids = p.bank.slot_ids + first_row;
     std::vector<int64_t> order(rows);
     std::iota(order.begin(), order.end(), 0);
@@ -91,18 +96,19 @@ class Batch {
   }
 
   void run(int threads, const ParallelFor& parallel_for) {
-    const bool as_is = p_.ids || (p_.dtype == kFloat32 && p_.k == wide_stride_ && contiguous());
-    const Scratch wide(as_is ? 0 : rows_ * wide_stride_);
+    const bool as_is = p_.ids || (kElementSize[p_.dtype] == row_size_ && p_.k == stride_ && contiguous());
+    const Scratch read(as_is ? 0 : floats(rows_ * stride_));
     if (as_is) {
-      wide_ = p_.ids ? nullptr : static_cast<const float*>(x_[0]);
+      read_ = p_.ids ? nullptr : static_cast<const char*>(x_[0]);
     } else {
-      const auto widen = [&](int64_t begin, int64_t end) { widen_rows(begin, end, wide.get()); };
+      char* const out = reinterpret_cast<char*>(read.get());
+      const auto body = [&](int64_t begin, int64_t end) { read_rows(begin, end, out); };
       if (rows_ * p_.k < kSmall) {
-        widen(0, rows_);
+        body(0, rows_);
       } else {
-        parallel_for(rows_, widen);
+        parallel_for(rows_, body);
       }
-      wide_ = wide.get();
+      read_ = out;
     }
     make_tasks(threads);
     const int64_t unit = p_.panels ? kPanel : kTile;
@@ -113,16 +119,16 @@ class Batch {
     const auto outputs = [&](int64_t begin, int64_t end, const Inputs& in) {
       run_outputs(begin * unit, std::min(end * unit, p_.n), in);
     };
-    const Scratch h(h_size_), packed(packs() ? rows_ * wide_stride_ : 0);
-    const Inputs shared = {h.get(), packed.get()};
+    const Scratch h(floats(h_size_)), packed(packs() ? floats(rows_ * stride_) : 0);
+    const Inputs shared = {reinterpret_cast<char*>(h.get()), packed.get()};
     if (work(p_.n) < kSmall) {
       inputs(0, task_count(), shared);
       outputs(0, tiles, shared);
     } else if (work(0) < kRepeated) {
       // To wait for the other threads' part of the inputs would take longer than to compute them once more.
       parallel_for(tiles, [&](int64_t begin, int64_t end) {
-        const Scratch own_h(h_size_), own_packed(packs() ? rows_ * wide_stride_ : 0);
-        const Inputs own = {own_h.get(), own_packed.get()};
+        const Scratch own_h(floats(h_size_)), own_packed(packs() ? floats(rows_ * stride_) : 0);
+        const Inputs own = {reinterpret_cast<char*>(own_h.get()), own_packed.get()};
         inputs(0, task_count(), own);
         outputs(begin, end, own);
       });
@@ -140,11 +146,17 @@ class Batch {
 
   // What both products read: h of all groups, and x as the dense kernels want it.
   struct Inputs {
-    float* h;
-    float* packed;
+    char* h;
+    void* packed;
   };
 
-  // Whether x is packed for the base; panels are multiplied with widened rows.
+  // Floats of memory for `count` elements as they are multiplied.
+  int64_t floats(int64_t count) const { return (count * row_size_ + 3) / 4; }
+
+  // Whether rows are read side by side, and not packed before.
+  static bool spaced(const Problem& p, const Kernels& kernels) { return p.panels || kernels.row_size[p.dtype] == 2; }
+
+  // Whether x is packed for the base; panels are multiplied with rows as they were read.
   bool packs() const { return p_.weight && !p_.panels; }
 
   // Of the shrinks, and of what has `outputs` results a row.
@@ -155,19 +167,19 @@ class Batch {
     return total;
   }
 
-  // Whether the sorted rows lie in memory one right after another; float32 ones are then used where they are.
+  // Whether the sorted rows lie in memory one right after another; they may then be used where they are.
   bool contiguous() const {
     for (int64_t m = 1; m < rows_; ++m) {
-      if (static_cast<const char*>(x_[m]) - static_cast<const char*>(x_[m - 1]) != p_.k * 4) return false;
+      if (static_cast<const char*>(x_[m]) - static_cast<const char*>(x_[m - 1]) != p_.k * row_size_) return false;
     }
     return true;
   }
 
-  void widen_rows(int64_t begin, int64_t end, float* wide) const {
+  void read_rows(int64_t begin, int64_t end, char* out) const {
     for (int64_t m = begin; m < end; ++m) {
-      float* const row = wide + m * wide_stride_;
-      kernels_.widen[p_.dtype](x_[m], row, p_.k);
-      std::fill(row + p_.k, row + wide_stride_, 0.0f);
+      char* const row = out + m * stride_ * row_size_;
+      kernels_.read_row[p_.dtype](x_[m], row, p_.k);
+      std::memset(row + p_.k * row_size_, 0, (stride_ - p_.k) * row_size_);
     }
   }
 
@@ -189,28 +201,30 @@ class Batch {
 
   int64_t task_count() const { return packs_ + tasks_.size(); }
 
-  bool one() const { return p_.m == 1 && !p_.transpose && kernels_.shrink_one; }
+  bool one() const { return p_.m == 1 && !p_.transpose && kernels_.shrink_one[p_.dtype]; }
 
   void run_task(int64_t index, const Inputs& in) const {
-    if (index < packs_) {
-      const int64_t row = index * kTaskRows;
-      kernels_.pack[p_.dtype](wide_, wide_stride_, rows_, row, row + kTaskRows, in.packed);
+    // Packs are quick, and spread among the shrinks, so that threads get as many.
+    const int64_t packed = index * packs_ / task_count();
+    if ((index + 1) * packs_ / task_count() > packed) {
+      const int64_t row = packed * kTaskRows;
+      kernels_.pack[p_.dtype](read_, stride_, rows_, row, row + kTaskRows, in.packed);
       return;
     }
-    const Task& task = tasks_[index - packs_];
+    const Task& task = tasks_[index - packed];
     const Group& group = groups_[task.group];
     const Page* const pages = pages_.data() + group.page + task.page;
     const int64_t h_stride = group.pages * kTile;
-    float* const out = in.h + group.h + task.row * h_stride + task.page * kTile;
+    char* const out = in.h + (group.h + task.row * h_stride + task.page * kTile) * row_size_;
     if (p_.ids) {
-      look_up(ids_.data() + group.first + task.row, task, pages, out, h_stride);
+      look_up(ids_.data() + group.first + task.row, task, pages, reinterpret_cast<float*>(out), h_stride);
       return;
     }
-    const float* const x = wide_ + (group.first + task.row) * wide_stride_;
+    const char* const x = read_ + (group.first + task.row) * stride_ * row_size_;
     if (one()) {
-      kernels_.shrink_one(shrink_, x, p_.k, pages, task.pages, out);
+      kernels_.shrink_one[p_.dtype](shrink_, x, p_.k, pages, task.pages, out);
     } else {
-      kernels_.shrink(shrink_, x, wide_stride_, task.rows, p_.k, pages, task.pages, out, h_stride);
+      kernels_.shrink[p_.dtype](shrink_, x, stride_, task.rows, p_.k, pages, task.pages, out, h_stride);
     }
   }
 
@@ -238,9 +252,9 @@ class Batch {
     for (int64_t n = first; n < last; n += block) {
       const int64_t end = std::min(n + block, last);
       if (p_.panels) {
-        kernels_.dense_panels[p_.dtype](wide_, wide_stride_, rows_, p_.weight, p_.k, n, end, tile.get(), block);
+        kernels_.dense_panels[p_.dtype](read_, stride_, rows_, p_.weight, p_.k, n, end, tile.get(), block);
       } else if (p_.weight) {
-        kernels_.dense[p_.dtype](in.packed, wide_stride_, rows_, p_.weight, p_.weight_stride, p_.k, n, end, tile.get(),
+        kernels_.dense[p_.dtype](in.packed, stride_, rows_, p_.weight, p_.weight_stride, p_.k, n, end, tile.get(),
                                  block);
       } else {
         std::fill_n(tile.get(), rows_ * block, 0.0f);
@@ -248,11 +262,12 @@ class Batch {
       for (const Group& group : groups_) {
         const Page* const pages = pages_.data() + group.page;
         float* const out = tile.get() + group.first * block;
+        const char* const h = in.h + group.h * row_size_;
         if (one()) {
-          kernels_.expand_one(expand_, in.h + group.h, pages, group.pages, n, end, out);
+          kernels_.expand_one[p_.dtype](expand_, h, pages, group.pages, n, end, out);
         } else {
-          kernels_.expand(expand_, in.h + group.h, group.pages * kTile, group.rows, pages, group.pages, n, end, out,
-                          block);
+          kernels_.expand[p_.dtype](expand_, h, group.pages * kTile, group.rows, pages, group.pages, n, end, out,
+                                    block);
         }
       }
       if (p_.weight) {
@@ -268,8 +283,8 @@ class Batch {
   const Problem& p_;
   const Kernels& kernels_;
   const int64_t rows_;
-  int64_t wide_stride_;
-  const float* wide_ = nullptr;
+  const int64_t row_size_, stride_;  // of the rows as they are multiplied: bytes of an element, elements between rows
+  const char* read_ = nullptr;       // [rows, stride]
   std::vector<Task> tasks_;
   int64_t packs_ = 0;
   std::vector<const void*> x_;
@@ -294,7 +309,7 @@ bool touches(const Problem& p) {
 
 void run(const Problem& p, const Kernels& kernels, int threads, const ParallelFor& parallel_for) {
   if (p.n == 0) return;
-  const int64_t parts = (p.m + rows_in_flight(p) - 1) / rows_in_flight(p);
+  const int64_t parts = (p.m + rows_in_flight(p, kernels) - 1) / rows_in_flight(p, kernels);
   const int64_t part = round_up((p.m + parts - 1) / std::max<int64_t>(parts, 1), 8);
   for (int64_t row = 0; row < p.m; row += part) {
     Batch(p, kernels, row, std::min(part, p.m - row)).run(threads, parallel_for);

@@ -26,7 +26,7 @@ constexpr int64_t kPanel = 32;
 
 enum DType { kFloat32, kFloat16, kBFloat16, kDTypes };
 
-// Rows of input are widened to float32, and zero from K to the next multiple of kPad.
+// Rows of input are zero from K to the next multiple of kPad.
 constexpr int64_t kPad = 32;
 
 // A page of an adapter and what its delta is multiplied with.
@@ -61,43 +61,50 @@ constexpr int64_t kDescentColumns = 64;
 constexpr int64_t descent_scratch(int64_t rank) { return (2 * rank + 1) * kDescentColumns + rank * (rank + 1); }
 
 // All sums are taken in float32, and in the same order for a row whatever the other rows are.
+//
+// What is multiplied, rows of x and of h, is float32, or bfloat16 where `row_size` says so: `void*` below points at
+// either.
 struct Kernels {
   const char* name;
 
   // Rows up to which `dense` is used for the base and not torch's own product.
   int64_t own_base_rows[kDTypes];
 
-  // out[i] = in[i] in float32.
-  void (*widen[kDTypes])(const void* in, float* out, int64_t count);
+  // Bytes of an element of the rows that are multiplied: 4, or 2 for those of bfloat16 as they are.
+  int64_t row_size[kDTypes];
 
-  // Widened rows `stride` elements apart (a multiple of kPad) in the order in which `dense` takes them, out [rows,
-  // stride]. Only those of the groups that start at rows first <= m < last; several calls may share the work.
-  void (*pack[kDTypes])(const float* wide, int64_t stride, int64_t rows, int64_t first, int64_t last, float* out);
+  // out[i] = in[i], as it is multiplied.
+  void (*read_row[kDTypes])(const void* in, void* out, int64_t count);
+
+  // Rows `stride` elements apart (a multiple of kPad) in the order in which `dense` takes them, out [rows, stride].
+  // Only those of the groups that start at rows first <= m < last; several calls may share the work.
+  void (*pack[kDTypes])(const void* x, int64_t stride, int64_t rows, int64_t first, int64_t last, void* out);
 
   // tile[m, j] = sum over k of x[m, k] weight[first + j, k], for the outputs first <= first + j < last of `weight`
   // [N, K] with rows `stride` elements apart; x is packed. tile [rows, tile_stride] is written.
-  void (*dense[kDTypes])(const float* packed, int64_t row_stride, int64_t rows, const void* weight, int64_t stride,
+  void (*dense[kDTypes])(const void* packed, int64_t row_stride, int64_t rows, const void* weight, int64_t stride,
                          int64_t k, int64_t first, int64_t last, float* tile, int64_t tile_stride);
 
-  // The same for packed weights, straight from widened rows: `first` is a multiple of kPanel, and the rows of tile are
+  // The same for packed weights, straight from rows: `first` is a multiple of kPanel, and the rows of tile are
   // padded to one.
-  void (*dense_panels[kDTypes])(const float* x, int64_t x_stride, int64_t rows, const void* weight, int64_t k,
+  void (*dense_panels[kDTypes])(const void* x, int64_t x_stride, int64_t rows, const void* weight, int64_t k,
                                 int64_t first, int64_t last, float* tile, int64_t tile_stride);
 
   // h[m, 16 p + r] = weight_p s_p[r] times the sum over i < size of x[m, i] F_p[i, r], for pages p of `count`. Rows of
   // x are zero from `size` to the next multiple of 16.
-  void (*shrink)(const Factor& factor, const float* x, int64_t x_stride, int64_t rows, int64_t size, const Page* pages,
-                 int64_t count, float* h, int64_t h_stride);
+  void (*shrink[kDTypes])(const Factor& factor, const void* x, int64_t x_stride, int64_t rows, int64_t size,
+                          const Page* pages, int64_t count, void* h, int64_t h_stride);
 
   // tile[m, j] += sum over p, r of h[m, 16 p + r] F_p[first + j, r] for first <= first + j < last; first is a multiple
   // of 16, and the rows of tile are padded to one.
-  void (*expand)(const Factor& factor, const float* h, int64_t h_stride, int64_t rows, const Page* pages, int64_t count,
-                 int64_t first, int64_t last, float* tile, int64_t tile_stride);
+  void (*expand[kDTypes])(const Factor& factor, const void* h, int64_t h_stride, int64_t rows, const Page* pages,
+                          int64_t count, int64_t first, int64_t last, float* tile, int64_t tile_stride);
 
   // The same for a batch of one row, and factors along the sum; null where the others are as good.
-  void (*shrink_one)(const Factor& factor, const float* x, int64_t size, const Page* pages, int64_t count, float* h);
-  void (*expand_one)(const Factor& factor, const float* h, const Page* pages, int64_t count, int64_t first,
-                     int64_t last, float* tile);
+  void (*shrink_one[kDTypes])(const Factor& factor, const void* x, int64_t size, const Page* pages, int64_t count,
+                              void* h);
+  void (*expand_one[kDTypes])(const Factor& factor, const void* h, const Page* pages, int64_t count, int64_t first,
+                              int64_t last, float* tile);
 
   // y[m][first + j] = tile[m, j] + bias[first + j] (bias may be null), and y[m][first + j] += tile[m, j].
   void (*store[kDTypes])(const float* tile, int64_t tile_stride, int64_t rows, const void* bias, void* const* y,
@@ -113,6 +120,7 @@ extern const Kernels kScalar;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 extern const Kernels kAmx;
 #endif
 

@@ -10,7 +10,8 @@ constexpr int kLanes = 4;
 constexpr int kSums = 8;
 constexpr int64_t kRange = 1024;
 constexpr int kPanelRows = 1;
-constexpr int64_t kPanelAhead = 2048;
+constexpr bool kFarAhead = false;
+constexpr bool kPairs = false;
 constexpr int kMostRows = 4;
 
 #include "types.inc"
@@ -49,19 +50,20 @@ inline void store_narrow(Half* p, Vec v) {
   for (int i = 0; i < kLanes; ++i) p[i] = narrow<Half>(v[i]);
 }
 
-struct Table {
-  float levels[4];
+template <>
+struct Levels<float> {
+  float values[4];
+
+  Levels() = default;
+  explicit Levels(const float* levels) { std::memcpy(values, levels, sizeof values); }
+  inline Vec look_up(Word codes) const {
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = values[codes[i] & 3];
+    return v;
+  }
 };
 
-inline Table table_of(const float* levels) { return {{levels[0], levels[1], levels[2], levels[3]}}; }
-
-inline Vec lookup(const Table& table, Word codes) {
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = table.levels[codes[i] & 3];
-  return v;
-}
-
-inline Vec broadcast(float value) { return Vec{value, value, value, value}; }
+inline Vec spread(const float* p) { return Vec{*p, *p, *p, *p}; }
 
 inline void in_register(Vec&) {}
 
@@ -71,8 +73,7 @@ inline void in_register(Vec&) {}
 #include "panels.inc"
 
 // Tables of pairs need registers of 16 floats.
-constexpr decltype(Kernels::shrink_one) shrink_one = nullptr;
-constexpr decltype(Kernels::expand_one) expand_one = nullptr;
+constexpr std::nullptr_t shrink_one = nullptr, expand_one = nullptr;
 
 }  // namespace
 
