@@ -27,5 +27,9 @@ class RoutingError(DTSError, ValueError):
     """The adapter names of a batch do not fit its rows."""
 
 
+class MixedBatchError(RoutingError):
+    """A layer cannot tell the rows of a batch apart that use different adapters; one adapter at a time works."""
+
+
 class CapacityError(DTSError, RuntimeError):
     """A bank of fixed capacity has no room left."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Adapter, load_adapter, locate_adapter
+from .apart import Apart, pad_token
 from .arenas import Arenas
 from .atomic import staged_directory
 from .attach import LiveModel
@@ -89,6 +90,7 @@ class DTSModel(nn.Module):
         self._wrappers = self._wrapping.wrappers
         self._attaching = 0  # loads under way
         self._base_routes: dict[tuple[bool, int | None, torch.device], LeasedRoute] = {}
+        self._apart = Apart()
         self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._has_file)
         # generate() calls an encoder by itself.
         encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
@@ -305,17 +307,30 @@ class DTSModel(nn.Module):
             yield
 
     def forward(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
-        """The model's forward; ``adapter_names`` gives one name for all rows, or one for each."""
+        """The model's forward; ``adapter_names`` gives one name for all rows, or one for each.
+
+        Where a layer cannot tell the rows of a batch apart, the batch runs once for each of its adapters, with a
+        warning that names the layer, and returns no cache.
+
+        Raises:
+            RoutingError: the names do not fit the rows.
+            MixedBatchError: such a batch is given a cache, or labels.
+            UnknownAdapterError: a name that is not loaded.
+        """
         with self._routed(adapter_names, main_input(args, kwargs)):
-            return self.model(*args, **kwargs)
+            return self._apart.forward(self.model, args, kwargs)
 
     @torch.no_grad()
     def generate(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
         """``generate`` of transformers; ``adapter_names`` as in `forward`, one name for each prompt also with beams
-        or several return sequences."""
+        or several return sequences.
+
+        Raises:
+            RoutingError, MixedBatchError, UnknownAdapterError: as `forward`.
+        """
         main = main_input((*args, kwargs.get("inputs")), kwargs)
         with self._routed(adapter_names, main, expandable=True):
-            return self.model.generate(*args, **kwargs)
+            return self._apart.generate(self.model.generate, args, kwargs, pad_token(self.model, kwargs))
 
     def compile(self, *args: object, **kwargs: object) -> None:
         """Compile the model's forward in place, as `torch.nn.Module.compile` (arguments are `torch.compile`'s). One
@@ -542,6 +557,7 @@ class DTSModel(nn.Module):
 
         def publish() -> None:
             self._sources[name], self.adapter_configs[name] = source, adapter.config
+            self._apart.forget()
 
         with self.slots.loading:
             self._attaching += 1

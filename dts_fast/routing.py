@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import is_grad_enabled as _is_grad_enabled
 from torch.compiler import is_dynamo_compiling as _is_dynamo_compiling
 
-from .errors import RoutingError
+from .errors import MixedBatchError, RoutingError
 from .slots import BASE, SlotTable
 
 # One slot for all rows of a batch, or one for each; as a tensor (int32 [1] or [rows]) in graphs that are compiled once
@@ -119,12 +119,18 @@ class route:  # noqa: N801 (used like a function)
 
         Raises:
             RoutingError: the route names another number of rows.
+            MixedBatchError: so it does for a layer within a model whose own input fits.
         """
         names = self.adapter_names
         if isinstance(names, str) or rows == len(names):
             return names
         if self.expandable and rows % len(names) == 0:
             return tuple(name for name in names for _ in range(rows // len(names)))
+        if self.of_model:
+            raise MixedBatchError(
+                f"a layer is given {rows} rows in a batch of {len(names)}, so that it cannot be told which of them use "
+                "which adapter. Run these adapters in separate batches, or compress without that layer (--exclude)."
+            )
         raise RoutingError(
             f"{len(names)} adapter names for a batch of {rows} rows; expected one name for each row, or a single name "
             "for all."

@@ -83,19 +83,6 @@ def test_mixed_logits_and_generation(tmp_path, make, settings, length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("length", [2, 5])
-def test_tables_of_relative_positions_are_refused_in_mixed_batches_only(tmp_path, length):
-    model, dense = adapters(tmp_path, t5)
-    ids = torch.randint(3, 99, (2, length))
-    inputs = {"input_ids": ids, "decoder_input_ids": ids}
-    logits = model(**inputs, adapter_names=["a", "a"]).logits
-    expected = dense["a"](**inputs).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    with pytest.raises(RoutingError, match="relative positions"):
-        model(**inputs, adapter_names=["a", "b"])
-
-
-@torch.no_grad()
 def test_the_number_of_names_is_checked_against_the_models_input(tmp_path):
     model, _ = adapters(tmp_path, opt)
     with pytest.raises(RoutingError, match="2 adapter names for a batch of 1 rows"):
@@ -113,8 +100,9 @@ def switch():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:a batch of these adapters")
 @pytest.mark.parametrize("length", [2, 3, 4, 6])
-def test_gathered_tokens_are_refused_and_not_given_to_wrong_rows(tmp_path, length):
+def test_gathered_tokens_are_not_given_to_wrong_rows(tmp_path, length):
     """Experts get the tokens that are theirs, from any row."""
     model, dense = adapters(tmp_path, switch, exclude="relative_attention_bias")
     ids = torch.randint(3, 99, (2, length))
@@ -123,11 +111,8 @@ def test_gathered_tokens_are_refused_and_not_given_to_wrong_rows(tmp_path, lengt
         expected = dense[name](**inputs).logits
         logits = model(**inputs, adapter_names=name).logits
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    try:
-        mixed = model(**inputs, adapter_names=["a", "b"]).logits
-    except RoutingError:
-        return
-    # Where an expert happened to get all tokens in their order.
+    # Once for each adapter, unless an expert happened to get all tokens in their order.
+    mixed = model(**inputs, adapter_names=["a", "b"]).logits
     expected = torch.stack([dense[name](**inputs).logits[row] for row, name in enumerate("ab")])
     torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
@@ -155,10 +140,7 @@ def test_models_that_compute_with_weights_of_layers_they_do_not_call(tmp_path, m
         expected = dense[name](ids).logits
         logits = model(ids, adapter_names=name).logits
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    if make is deberta:
-        with pytest.raises(RoutingError, match="without calling"):
-            model(ids, adapter_names=["a", "b"])
-    else:  # a mixer has parameters of its own, and runs once for each adapter
+    if make is mamba:  # a mixer has parameters of its own, and runs once for each adapter
         mixed = model(ids, adapter_names=["a", "b"], use_cache=False).logits
         expected = torch.stack([dense[name](ids).logits[row] for row, name in enumerate("ab")])
         torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -29,9 +29,9 @@ constexpr int64_t kBlock = 64;
 constexpr int64_t kBlockOfOne = 256;
 // The same for many rows of a packed base.
 constexpr int64_t kBlockOfPanels = 256, kRowsOfPanels = 48;
-// Bytes between rows that are read side by side, so that rows of a power of two of them do not all lie in the same few
-// sets of the first-level cache.
-constexpr int64_t kApart = 64;
+// Rows that are read side by side and lie a multiple of so many bytes apart would share a few of the first-level
+// cache's 64 sets; they get so many more between them.
+constexpr int64_t kAlike = 1024, kApart = 64;
 // Pages and rows of one task of a shrink.
 constexpr int64_t kTaskPages = 8;
 constexpr int64_t kTaskRows = 32;
@@ -56,7 +56,7 @@ class Batch {
         kernels_(kernels),
         rows_(rows),
         row_size_(kernels.row_size[p.dtype]),
-        stride_(round_up(p.k, kPad) + (spaced(p, kernels) && rows > 1 ? kApart / row_size_ : 0)) {
+        stride_(stride_of(p, kernels, rows)) {
     const int32_t* const ids = p.bank.slot_ids + first_row;
     std::vector<int64_t> order(rows);
     std::iota(order.begin(), order.end(), 0);
@@ -153,8 +153,11 @@ class Batch {
   // Floats of memory for `count` elements as they are multiplied.
   int64_t floats(int64_t count) const { return (count * row_size_ + 3) / 4; }
 
-  // Whether rows are read side by side, and not packed before.
-  static bool spaced(const Problem& p, const Kernels& kernels) { return p.panels || kernels.row_size[p.dtype] == 2; }
+  static int64_t stride_of(const Problem& p, const Kernels& kernels, int64_t rows) {
+    const int64_t size = kernels.row_size[p.dtype], stride = round_up(p.k, kPad);
+    const bool side_by_side = rows > 1 && (p.panels || size == 2);
+    return side_by_side && stride * size % kAlike == 0 ? stride + kApart / size : stride;
+  }
 
   // Whether x is packed for the base; panels are multiplied with rows as they were read.
   bool packs() const { return p_.weight && !p_.panels; }

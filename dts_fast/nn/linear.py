@@ -100,9 +100,12 @@ class DTSLinear(BankedModule):
         # `DTSModule.__call__` for what a model has most of. `all_base` and `is_hooked` are written out, because each
         # function that only wrappers call is more code to come from memory; and the parameters are looked up where they
         # are, because an attribute of a module is looked for in several places.
-        if not is_dynamo_compiling() and ROUTES.base_only and not is_grad_enabled():
+        if not is_dynamo_compiling() and not is_grad_enabled():
             layer = self._unhooked
-            if type(layer) is nn.Linear and len(args) == 1 and not kwargs:
+            if not ROUTES.base_only:
+                if layer is not None and not (OF_ALL_BEFORE or OF_ALL):
+                    return self.forward(*args, **kwargs)
+            elif type(layer) is nn.Linear and len(args) == 1 and not kwargs:
                 own = layer.__dict__
                 hooked = own["_forward_pre_hooks"] or own["_forward_hooks"] or OF_ALL_BEFORE or OF_ALL
                 if not (hooked or "forward" in own or "_compiled_call_impl" in own):

@@ -6,15 +6,16 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _global_forward_hooks as OF_ALL
 from torch.nn.modules.module import _global_forward_pre_hooks as OF_ALL_BEFORE
 
 from ..codes import Delta, LowRankDelta, owned
-from ..errors import BaseMismatchError, DTSError, RoutingError
+from ..errors import BaseMismatchError, DTSError, MixedBatchError
 from ..mixture import mix
 from ..pieces import Piece
-from ..routing import Slots, all_base, current_slots, narrowed
+from ..routing import ROUTES, Slots, all_base, current_slots, narrowed
 from ..slots import SlotTable
 from .parameters import ReadParameter, named_tensors, personal_method, run_with, tensor_of, tensors_kept
 from .rows import batch_shape, map_rows, merge_rows
@@ -58,11 +59,14 @@ class DTSModule(nn.Module):
 
     def __call__(self, *args, **kwargs):
         # Weights stream through the caches, so that whatever only wrappers look at or run comes from memory. A call of
-        # the base alone looks at nothing of the wrapper but this, and then runs what a model without wrappers runs.
-        if all_base():
+        # the base alone looks at nothing of the wrapper but this, and then runs what a model without wrappers runs; one
+        # with adapters does not look for hooks, of which this tells that there are none.
+        if not is_dynamo_compiling() and not is_grad_enabled():
             layer = self._unhooked
-            if layer is not None:
+            if layer is not None and ROUTES.base_only:
                 return layer(*args, **kwargs)
+            if layer is not None and not (OF_ALL_BEFORE or OF_ALL):
+                return self.forward(*args, **kwargs)
         return nn.Module.__call__(self, *args, **kwargs)
 
     # What tells `_unhooked`.
@@ -307,10 +311,10 @@ class DTSModule(nn.Module):
             return self._forward_one(slots, args, kwargs)
         self.refuse_gathered(slots)
         if not self.batch_first:
-            raise RoutingError(
+            raise MixedBatchError(
                 f"a {type(self.base_layer).__name__} whose input has no rows for the batch (a table of relative "
-                "positions) cannot differ from row to row; run these adapters in separate batches, or compress without "
-                "it (--exclude)."
+                "positions, a parametrized weight) cannot differ from row to row; run these adapters in separate "
+                "batches, or compress without it (--exclude)."
             )
         return self.forward_mixed(slots, shape, args, kwargs)
 
@@ -318,7 +322,7 @@ class DTSModule(nn.Module):
         """`routing.current_slots` for a layer that can do with a tensor where its model is compiled.
 
         Raises:
-            RoutingError: see `refuse_gathered`.
+            MixedBatchError: see `refuse_gathered`.
         """
         slots = current_slots(self.slots, shape, traceable=True)
         if not isinstance(slots, int):
@@ -329,10 +333,10 @@ class DTSModule(nn.Module):
         """Refuse rows that differ where it cannot be told which row is whose.
 
         Raises:
-            RoutingError: a layer of experts, in a batch (or compiled for batches) whose rows differ.
+            MixedBatchError: a layer of experts, in a batch (or compiled for batches) whose rows differ.
         """
         if self.gathers and not isinstance(slots, int):
-            raise RoutingError(
+            raise MixedBatchError(
                 f"a {type(self.base_layer).__name__} of an expert gets tokens from any row, so that adapters cannot "
                 "differ from row to row; run these adapters in separate batches, or compress without experts "
                 "(--exclude)."
@@ -372,7 +376,7 @@ class DTSModule(nn.Module):
                 result = result.expand(len(taken[-1]), *result.shape[1:])
             results.append(result if cache is None else cache.whole(result))
         if any(kept.get(name) is not value for name, value in tensors_kept(self.base_layer).items()):
-            raise RoutingError(
+            raise MixedBatchError(
                 f"{type(self.base_layer).__name__} has parameters of its own that differ within this batch, and keeps "
                 "something of the whole batch in itself. Run these adapters in separate batches, or compress without "
                 "its parameters (--exclude)."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import RoutingError, UnknownAdapterError
+from ..errors import MixedBatchError, RoutingError, UnknownAdapterError
 from ..routing import current_route, named_slots
 from ..slots import BASE, BASE_SLOT
 
@@ -100,7 +100,8 @@ class ReadParameter(Tensor):
     memory of its own, so that nothing can compute with the base's by mistake.
 
     Raises:
-        RoutingError: where it is computed with and the rows of the batch differ, or where it is written to.
+        MixedBatchError: where it is computed with and the rows of the batch differ.
+        RoutingError: where it is written to.
     """
 
     @staticmethod
@@ -141,7 +142,7 @@ class ReadParameter(Tensor):
     def personal(self) -> Tensor:
         wrapper, name, slots = self.origin
         if len(slots) > 1:
-            raise RoutingError(
+            raise MixedBatchError(
                 f"the model computes with {name!r} of a {type(wrapper.base_layer).__name__} without calling that "
                 "layer, and the rows of this batch have different ones. Run these adapters in separate batches, or "
                 "compress without it (--exclude)."
@@ -163,7 +164,7 @@ def personal_method(method: Callable, wrapper: nn.Module, name: str) -> Callable
     """A method of a base layer that the model calls beside its forward, with the current adapter's parameters.
 
     Raises (when called):
-        RoutingError: the rows of the batch have different ones.
+        MixedBatchError: the rows of the batch have different ones.
     """
     if torch.compiler.is_compiling():  # which adapters there will be a graph does not know
         slots = {BASE_SLOT, *range(wrapper.slots.capacity)}
@@ -176,7 +177,7 @@ def personal_method(method: Callable, wrapper: nn.Module, name: str) -> Callable
 
     def run(*args, **kwargs):
         if len(slots) > 1:
-            raise RoutingError(
+            raise MixedBatchError(
                 f"the model calls {name}() of a {type(wrapper.base_layer).__name__}, and the rows of this batch have "
                 "different parameters there, or will have in a compiled model. Run these adapters in separate batches, "
                 "not compiled, or compress without it (--exclude)."

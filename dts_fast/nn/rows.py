@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import RoutingError
+from ..errors import MixedBatchError, RoutingError
 from ..routing import Slots
 
 
@@ -39,7 +39,8 @@ def merge_rows(results: list, members: list[list[int]]):
     one behind the other (a router, which flattens tokens).
 
     Raises:
-        RoutingError: outputs that differ in more than their rows, or have none.
+        RoutingError: outputs that differ in more than their rows.
+        MixedBatchError: outputs that have none.
     """
     order = torch.tensor([row for part in members for row in part]).argsort()
 
@@ -56,7 +57,7 @@ def merge_rows(results: list, members: list[list[int]]):
         sizes = {leaf.shape[0] / len(part) if leaf.dim() else 0.0 for leaf, part in zip(leaves, members, strict=True)}
         entries = int(min(sizes))
         if sizes != {entries} or entries == 0:
-            raise RoutingError(
+            raise MixedBatchError(
                 f"a layer gives outputs of shapes {[list(leaf.shape) for leaf in leaves]} for "
                 f"{[len(part) for part in members]} rows: it cannot be told which part of them is whose. Run these "
                 "adapters in separate batches, or compress without this layer's own parameters (--exclude)."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import RoutingError
+from ..errors import MixedBatchError
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
@@ -54,7 +54,7 @@ class CacheParts:
         """Give the cache what the layer has made of its parts: all of it, or where that is refused nothing.
 
         Raises:
-            RoutingError: something besides rows that is not the same for all of them.
+            MixedBatchError: something besides rows that is not the same for all of them.
         """
         state = self.cache.layers[self.index]
         for *_, own, cache in self.parts:
@@ -85,7 +85,7 @@ def find_cache(layer: nn.Module, values: Iterable[object], rows: int) -> CachePa
     """The cache among a layer's arguments; None if there is none.
 
     Raises:
-        RoutingError: an object that is of the whole batch, and cannot be divided into rows.
+        MixedBatchError: an object that is of the whole batch, and cannot be divided into rows.
     """
     found = list({id(value): value for value in _objects(values)}.values())
     if not found:
@@ -98,7 +98,7 @@ def find_cache(layer: nn.Module, values: Iterable[object], rows: int) -> CachePa
             layers.append(make())
         if index < len(layers) and _can_split(vars(layers[index])):
             return CacheParts(cache, index, rows)
-    raise RoutingError(
+    raise MixedBatchError(
         f"{type(layer).__name__} has parameters of its own that differ within this batch, and is given a "
         f"{type(cache).__name__}, which is of the whole batch and cannot be divided. Run these adapters in separate "
         "batches or without it (use_cache=False), or compress without its parameters (--exclude)."
@@ -116,8 +116,8 @@ def _is_one_layer_each(cache: object) -> bool:
     return not own.get("offloading") and all(callable(v) or isinstance(v, _PLAIN) for v in own.values())
 
 
-def _not_divided(name: str) -> RoutingError:
-    return RoutingError(
+def _not_divided(name: str) -> MixedBatchError:
+    return MixedBatchError(
         f"the cache's {name!r} became something else for each adapter of this batch, and has to be the same for all "
         "rows. Run these adapters in separate batches."
     )

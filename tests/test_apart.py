@@ -1,0 +1,182 @@
+"""Batches that no layer can mix: run once for each adapter, by models that cannot, and by calls made up for it."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from test_model_architectures import adapters, deberta, t5
+
+from dts_fast import route
+from dts_fast.apart import Apart, pad_token
+from dts_fast.errors import MixedBatchError
+from dts_fast.routing import current_route
+
+NAMES = ["b", "__base__", "a", "b"]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:no fast path")
+@pytest.mark.parametrize("length", [2, 4, 6])  # as many tokens as names, and not
+@pytest.mark.parametrize("make", [t5, deberta])
+def test_every_row_gets_its_adapters_logits(tmp_path, make, length):
+    """T5's table of relative positions has no rows; DeBERTa computes with weights of layers that it does not call."""
+    model, dense = adapters(tmp_path, make)
+    ids = torch.randint(3, 99, (4, length))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if make is t5:
+        inputs["decoder_input_ids"] = torch.randint(3, 99, (4, length))
+    expected = torch.stack([dense[name](**inputs).logits[row] for row, name in enumerate(NAMES)])
+    said = "relative positions" if make is t5 else "without calling"
+    with pytest.warns(UserWarning, match=f"once for each of them.*{said}"):
+        out = model(**inputs, adapter_names=NAMES)
+    # Float32 sums of base and delta apart instead of together.
+    torch.testing.assert_close(out.logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert out.get("past_key_values") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = model(**inputs, adapter_names=NAMES)
+        in_tuples = model(**inputs, adapter_names=NAMES, return_dict=False)
+        with route(NAMES):
+            routed = model(**inputs)
+    for logits in (again.logits, routed.logits, in_tuples[0]):
+        assert torch.equal(logits, out.logits)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:a batch of these adapters")
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_every_row_gets_its_adapters_generation(tmp_path, settings):
+    model, dense = adapters(tmp_path, t5)
+    ids = torch.randint(3, 99, (4, 5))
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, **settings}
+    tokens = model.generate(input_ids=ids, adapter_names=NAMES, **settings)
+    returned = settings.get("num_return_sequences", 1)
+    assert len(tokens) == 4 * returned
+    for row, name in enumerate(NAMES):
+        alone = dense[name].generate(input_ids=ids[row : row + 1], **settings)
+        assert torch.equal(tokens[row * returned : (row + 1) * returned], alone)
+    whole = model.generate(input_ids=ids, adapter_names=NAMES, return_dict_in_generate=True, **settings)
+    assert torch.equal(whole.sequences, tokens)
+    assert whole.past_key_values is None
+
+
+def wav2vec2():
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40, conv_dim=(16, 16),
+        conv_stride=(3, 2), conv_kernel=(5, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2, vocab_size=20,
+    )  # fmt: skip
+    return transformers.Wav2Vec2ForCTC(config)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:no fast path", "ignore:a batch of these adapters")
+def test_parametrized_weights(tmp_path):
+    """Its convolution of positions has weight normalisation, which computes the weight from two parameters."""
+    model, dense = adapters(tmp_path, wav2vec2)
+    x = torch.randn(4, 240)
+    for name in ("a", "b", "__base__"):
+        expected = dense[name](x).logits
+        logits = model(x, adapter_names=name).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    expected = torch.stack([dense[name](x).logits[row] for row, name in enumerate(NAMES)])
+    logits = model(x, adapter_names=NAMES).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings("ignore:a batch of these adapters")
+def test_what_cannot_be_divided_is_refused(tmp_path):
+    model, _ = adapters(tmp_path, t5)
+    ids = torch.randint(3, 99, (2, 5))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    with torch.no_grad():
+        cache = model(**inputs, adapter_names="a").past_key_values
+    with pytest.raises(MixedBatchError, match="relative positions"):
+        model(**inputs, past_key_values=cache, adapter_names=["a", "b"])
+    with pytest.raises(MixedBatchError, match="run once for each adapter, but: a layer gives outputs of shapes"):
+        model(input_ids=ids, labels=ids, adapter_names=["a", "b"])
+    model(**inputs, adapter_names=["a", "b"]).logits.sum().backward()  # rows alone, with gradients
+
+
+class Model:
+    """Refuses what is mixed; rows that it returns tell the adapter."""
+
+    def __init__(self, **output: object) -> None:
+        self.tried, self.output = [], output
+
+    def __call__(self, x, **kwargs):
+        names = current_route().adapter_names
+        self.tried.append(names)
+        if not isinstance(names, str):
+            raise MixedBatchError("rows unknown.")
+        steps = {"a": 1, "b": 3}.get(names, 2)
+        sequences = torch.cat([x, torch.full((len(x), steps), ord(names[0]))], 1)
+        if not self.output:
+            return sequences
+        return {"sequences": sequences, **{name: value(x, steps) for name, value in self.output.items()}}
+
+
+def run(apart, model, names, pad=7):
+    x = torch.arange(2 * len(names)).view(len(names), 2)
+    with route(names):
+        return apart.generate(model, (x,), {}, pad)
+
+
+@pytest.mark.filterwarnings("ignore:a batch of these adapters")
+def test_shorter_sequences_are_padded_and_rows_stay_in_order():
+    tokens = run(Apart(), Model(), ["b", "a", "c", "a"])
+    a, b, c = map(ord, "abc")
+    expected = [[0, 1, b, b, b], [2, 3, a, 7, 7], [4, 5, c, c, 7], [6, 7, a, 7, 7]]
+    assert tokens.tolist() == expected
+    with pytest.raises(MixedBatchError, match="no pad_token_id"):
+        run(Apart(), Model(), ["b", "a"], pad=None)
+
+
+@pytest.mark.filterwarnings("ignore:a batch of these adapters")
+def test_other_outputs_are_put_together_where_they_are_alike():
+    model = Model(scores=lambda x, steps: x[:, 0].float(), past_key_values=lambda x, steps: object())
+    out = run(Apart(), model, ["b", "a", "b"])
+    assert out["scores"].tolist() == [0, 2, 4]
+    assert "past_key_values" not in out
+    by_step = Model(logits=lambda x, steps: (x.float(),) * steps)
+    assert torch.equal(run(Apart(), by_step, ["c", "d"])["logits"][0], torch.arange(4.0).view(2, 2))
+    with pytest.raises(MixedBatchError, match="number of steps"):
+        run(Apart(), by_step, ["a", "b"])
+
+
+def test_what_was_refused_is_not_tried_again_until_adapters_change():
+    apart, model = Apart(), Model()
+    with pytest.warns(UserWarning, match="rows unknown"):
+        run(apart, model, ["a", "b"])
+    assert model.tried == [("a", "b"), "a", "b"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(apart, model, ["b", "a", "a"])
+    assert model.tried[3:] == ["b", "a"]
+    apart.forget()
+    with pytest.warns(UserWarning, match="rows unknown"):
+        run(apart, model, ["a", "b"])
+    assert model.tried[5:] == [("a", "b"), "a", "b"]
+
+
+def test_one_adapter_is_never_divided():
+    model = Model()
+    with pytest.raises(MixedBatchError, match="rows unknown"):
+        run(Apart(), model, ["a", "a"])
+    assert model.tried == [("a", "a")]
+
+
+def test_the_token_that_fills_sequences():
+    class Config:
+        pad_token_id, eos_token_id = None, [5, 6]
+
+    class Holder:
+        generation_config = Config()
+
+    assert pad_token(Holder(), {}) == 5
+    assert pad_token(Holder(), {"pad_token_id": 0}) == 0
+    assert pad_token(Holder(), {"generation_config": Config(), "eos_token_id": 3}) == 3
+    assert pad_token(object(), {}) is None
