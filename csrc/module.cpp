@@ -50,7 +50,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of dts_fast: CPU features, build information, and the kernels' registration.";
   m.def("cpu_features", &cpu_features,
         "Instruction-set extension to whether processor and operating system support it; empty off x86-64.");
-  m.def("cpu_isas", &dts_fast::cpu::available_isas, "Instruction sets with kernels that can run here, the best last.");
+  m.def("cpu_isas", &dts_fast::cpu::available_isas, "Instruction sets with kernels that can run here.");
   m.def("cpu_isa", [] { return std::string(dts_fast::cpu::kernels().name); }, "The instruction set in use.");
   m.def("_set_cpu_isa", &dts_fast::cpu::set_isa, "Use the kernels of another instruction set; for tests.");
   m.def("why_not_cuda", &why_not_cuda, "Why the CUDA kernels do not run on the current device; None where they do.");

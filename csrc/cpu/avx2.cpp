@@ -66,7 +66,7 @@ inline void in_register(Vec& value) { __asm__("" : "+x"(value)); }
 #include "panels.inc"
 
 // Tables of pairs need registers of 16 floats.
-constexpr std::nullptr_t shrink_one = nullptr, expand_one = nullptr;
+constexpr decltype(nullptr) shrink_one = nullptr, expand_one = nullptr;
 
 }  // namespace
 

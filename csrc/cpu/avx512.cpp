@@ -22,7 +22,6 @@ constexpr bool kFarAhead = false;
 constexpr bool kPairs = false;
 
 #include "avx512.inc"
-//
 #include "dense.inc"
 #include "descend.inc"
 #include "lowrank.inc"
@@ -33,7 +32,7 @@ constexpr bool kPairs = false;
 
 const Kernels kAvx512 = {
     "avx512",
-    // bench/results/ops.jsonl, ops_float16.jsonl. Torch repacks the weight on each call, which pays for itself with
+    // bench/results/ops.jsonl. Torch repacks the weight on each call, which pays for itself with
     // many rows of float32, and of float16 where the processor multiplies that.
     {64, 64, kAnyRows},
 #include "table.inc"

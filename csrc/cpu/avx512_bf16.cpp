@@ -1,8 +1,11 @@
 // AVX-512 with dot products of bfloat16 pairs (Zen 4, Cooper Lake, and newer) for bfloat16; everything else is AVX-512.
 //
-// x is bfloat16 already, and products of two bfloat16 are exact in float32, so the base is what it was. Of the delta,
-// levels and h are rounded to bfloat16, as they are for a GPU's matrix units: by half a unit in its last place, which
-// is what y itself is rounded by. Denormal numbers count as zero.
+// x and the weights are bfloat16 already, and products of two are exact in float32: the base loses nothing. Of the
+// delta, levels and h are rounded to bfloat16, as they are for a GPU's matrix units: each term of its sums by up to one
+// and a half units in its last place. Denormal numbers count as zero, also where 16 results are narrowed at a time.
+//
+// Weights are asked for far ahead (dense.inc), as it is good for the processors that this file is preferred on
+// (isa.cpp).
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -24,7 +24,8 @@ int64_t rows_in_flight(const Problem& p, const Kernels& kernels) {
   return std::clamp(inputs / std::max<int64_t>(p.k, 1) / 8 * 8, kLeast, kMost);
 }
 
-// Outputs of a block, whose sums stay in the first-level cache; more for one row, whose tables then serve more outputs.
+// Outputs of a block, whose sums of a few rows stay in the first-level cache; more for one row, whose tables then serve
+// more outputs.
 constexpr int64_t kBlock = 64;
 constexpr int64_t kBlockOfOne = 256;
 // The same for many rows of a packed base.

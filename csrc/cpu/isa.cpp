@@ -83,7 +83,7 @@ bool tiles_permitted() {
 }
 
 // Whether a dot product of bfloat16 pairs is worth two fused multiply-adds. On Zen 4 one of each starts in a cycle. On
-// Sapphire Rapids dot products start in every second cycle, and two multiply-adds in each; they have AMX, besides.
+// an Emerald Rapids dot products started in every second cycle, and two multiply-adds in each.
 bool pairs_are_fast() {
 #if defined(__x86_64__)
   const Registers vendor = cpuid(0, 0);

@@ -13,7 +13,7 @@ namespace dts_fast::cpu {
 // support it. Empty on other architectures than x86-64.
 std::vector<std::pair<std::string, bool>> features();
 
-// Names of the kernel tables that this processor can run, the best one last.
+// Names of the kernel tables that this processor can run.
 std::vector<std::string> available_isas();
 
 // The table in use: the best one, or the one that the environment variable DTS_FAST_CPU_ISA or set_isa names.

@@ -73,7 +73,7 @@ inline void in_register(Vec&) {}
 #include "panels.inc"
 
 // Tables of pairs need registers of 16 floats.
-constexpr std::nullptr_t shrink_one = nullptr, expand_one = nullptr;
+constexpr decltype(nullptr) shrink_one = nullptr, expand_one = nullptr;
 
 }  // namespace
 

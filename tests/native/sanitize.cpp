@@ -249,10 +249,13 @@ void run_paging() {
 }  // namespace
 
 int main() {
+  // Rows that are a power of two apart, and several ranges of k.
+  const int64_t large[] = {256, 512, 1024, 1600, 2049};
   for (int i = 0; i < 400; ++i) {
     const bool base = draw(0, 1);
-    run_case({static_cast<DType>(draw(0, kDTypes - 1)), draw(0, 70), draw(1, 90), draw(1, 200), base,
-              !base && draw(0, 1), base && draw(0, 1), false});
+    const int64_t k = i % 8 ? draw(1, 200) : large[draw(0, 4)];
+    run_case({static_cast<DType>(draw(0, kDTypes - 1)), draw(0, 70), draw(1, 90), k, base, !base && draw(0, 1),
+              base && draw(0, 1), false});
     run_case({kFloat32, draw(0, 70), draw(1, 90), draw(1, 200), false, true, false, true});
     run_descent();
     run_paging();
