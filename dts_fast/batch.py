@@ -59,8 +59,8 @@ def main_input(args: tuple, kwargs: Mapping[str, object]) -> Tensor | None:
 _MAIN_INPUTS = (
     "input_ids",
     "inputs_embeds",
-    "decoder_input_ids",
     "pixel_values",
     "input_features",
     "input_values",
+    "decoder_input_ids",  # last: generate() may get one prompt for all rows
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Adapter, load_adapter, locate_adapter
-from .apart import Apart, pad_token
+from .apart import Apart
 from .arenas import Arenas
 from .atomic import staged_directory
 from .attach import LiveModel
@@ -279,6 +279,7 @@ class DTSModel(nn.Module):
         self.slots.check_new(adapter_name)
 
         def publish() -> None:
+            self._apart.forget(adapter_name)
             self.adapter_configs[adapter_name] = {"members": list(chosen.items())}
 
         complete = False
@@ -310,11 +311,12 @@ class DTSModel(nn.Module):
         """The model's forward; ``adapter_names`` gives one name for all rows, or one for each.
 
         Where a layer cannot tell the rows of a batch apart, the batch runs once for each of its adapters, with a
-        warning that names the layer, and returns no cache.
+        warning that names the layer, and returns no cache that could be used.
 
         Raises:
             RoutingError: the names do not fit the rows.
-            MixedBatchError: such a batch is given a cache, or labels.
+            MixedBatchError: such a batch is given a cache, labels, or tensors without rows, or returns what is not
+                of rows.
             UnknownAdapterError: a name that is not loaded.
         """
         with self._routed(adapter_names, main_input(args, kwargs)):
@@ -330,7 +332,7 @@ class DTSModel(nn.Module):
         """
         main = main_input((*args, kwargs.get("inputs")), kwargs)
         with self._routed(adapter_names, main, expandable=True):
-            return self._apart.generate(self.model.generate, args, kwargs, pad_token(self.model, kwargs))
+            return self._apart.generate(self.model.generate, args, kwargs, self.model)
 
     def compile(self, *args: object, **kwargs: object) -> None:
         """Compile the model's forward in place, as `torch.nn.Module.compile` (arguments are `torch.compile`'s). One
@@ -556,8 +558,9 @@ class DTSModel(nn.Module):
             self._live.check_base(adapter, live)
 
         def publish() -> None:
+            if self._sources.get(name) != source:
+                self._apart.forget(name)
             self._sources[name], self.adapter_configs[name] = source, adapter.config
-            self._apart.forget()
 
         with self.slots.loading:
             self._attaching += 1

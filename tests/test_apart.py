@@ -10,7 +10,7 @@ import transformers
 from test_model_architectures import adapters, deberta, t5
 
 from dts_fast import route
-from dts_fast.apart import Apart, pad_token
+from dts_fast.apart import Apart, NoCache, _pad_token
 from dts_fast.errors import MixedBatchError
 from dts_fast.routing import current_route
 
@@ -34,11 +34,10 @@ def test_every_row_gets_its_adapters_logits(tmp_path, make, length):
         out = model(**inputs, adapter_names=NAMES)
     # Float32 sums of base and delta apart instead of together.
     torch.testing.assert_close(out.logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert out.get("past_key_values") is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = model(**inputs, adapter_names=NAMES)
-        in_tuples = model(**inputs, adapter_names=NAMES, return_dict=False)
+        in_tuples = model(**inputs, adapter_names=NAMES, return_dict=False, use_cache=False)
         with route(NAMES):
             routed = model(**inputs)
     for logits in (again.logits, routed.logits, in_tuples[0]):
@@ -60,7 +59,6 @@ def test_every_row_gets_its_adapters_generation(tmp_path, settings):
         assert torch.equal(tokens[row * returned : (row + 1) * returned], alone)
     whole = model.generate(input_ids=ids, adapter_names=NAMES, return_dict_in_generate=True, **settings)
     assert torch.equal(whole.sequences, tokens)
-    assert whole.past_key_values is None
 
 
 def wav2vec2():
@@ -88,30 +86,61 @@ def test_parametrized_weights(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:a batch of these adapters")
-def test_what_cannot_be_divided_is_refused(tmp_path):
+def test_what_cannot_be_divided_is_refused_as_before(tmp_path):
     model, _ = adapters(tmp_path, t5)
     ids = torch.randint(3, 99, (2, 5))
-    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    inputs = {"input_ids": ids, "decoder_input_ids": ids, "adapter_names": ["a", "b"]}
     with torch.no_grad():
-        cache = model(**inputs, adapter_names="a").past_key_values
+        cache = model(input_ids=ids, decoder_input_ids=ids, adapter_names="a").past_key_values
+    for more in ({"past_key_values": cache}, {"labels": ids}, {"decoder_attention_mask": torch.ones(3, 5)}):
+        with pytest.raises(MixedBatchError, match="relative positions"):
+            model(**inputs, **more)
     with pytest.raises(MixedBatchError, match="relative positions"):
-        model(**inputs, past_key_values=cache, adapter_names=["a", "b"])
-    with pytest.raises(MixedBatchError, match="run once for each adapter, but: a layer gives outputs of shapes"):
-        model(input_ids=ids, labels=ids, adapter_names=["a", "b"])
-    model(**inputs, adapter_names=["a", "b"]).logits.sum().backward()  # rows alone, with gradients
+        model.generate(input_ids=ids, adapter_names=["a", "b"], eos_token_id=torch.tensor([1, 2]))
+    with pytest.raises(MixedBatchError, match="a cache in a tuple"):
+        model(**inputs, return_dict=False)
+    model(**inputs).logits.sum().backward()  # rows alone, with gradients
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:a batch of these adapters")
+def test_there_is_no_cache_to_go_on_with(tmp_path):
+    model, _ = adapters(tmp_path, t5)
+    ids = torch.randint(3, 99, (2, 5))
+    cache = model(input_ids=ids, decoder_input_ids=ids, adapter_names=["a", "b"]).past_key_values
+    with pytest.raises(MixedBatchError, match="keeps no cache"):
+        cache.get_seq_length()
+    for names in (["a", "b"], "a"):
+        with pytest.raises(MixedBatchError):
+            model(input_ids=ids, decoder_input_ids=ids[:, :1], past_key_values=cache, adapter_names=names)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:a batch of these adapters")
+def test_what_the_first_try_writes_to_its_arguments_is_not_for_the_others(tmp_path):
+    """Beams: generate() repeats what an encoder gave in the object that holds it."""
+    model, _ = adapters(tmp_path, t5)
+    ids = torch.randint(3, 99, (2, 5))
+    settings = {"num_beams": 2, "max_new_tokens": 3, "min_new_tokens": 3, "adapter_names": ["a", "b"]}
+    encoded = model.get_encoder()(ids)
+    given = model.generate(input_ids=ids, encoder_outputs=encoded, **settings)
+    assert encoded.last_hidden_state.shape[0] == 2
+    assert torch.equal(model.generate(input_ids=ids, encoder_outputs=encoded, **settings), given)
 
 
 class Model:
     """Refuses what is mixed; rows that it returns tell the adapter."""
 
-    def __init__(self, **output: object) -> None:
-        self.tried, self.output = [], output
+    generation_config = None
+
+    def __init__(self, lasting: bool = True, **output: object) -> None:
+        self.tried, self.lasting, self.output = [], lasting, output
 
     def __call__(self, x, **kwargs):
         names = current_route().adapter_names
         self.tried.append(names)
         if not isinstance(names, str):
-            raise MixedBatchError("rows unknown.")
+            raise MixedBatchError("rows unknown.", lasting=self.lasting)
         steps = {"a": 1, "b": 3}.get(names, 2)
         sequences = torch.cat([x, torch.full((len(x), steps), ord(names[0]))], 1)
         if not self.output:
@@ -119,10 +148,10 @@ class Model:
         return {"sequences": sequences, **{name: value(x, steps) for name, value in self.output.items()}}
 
 
-def run(apart, model, names, pad=7):
+def run(apart, model, names, **kwargs):
     x = torch.arange(2 * len(names)).view(len(names), 2)
     with route(names):
-        return apart.generate(model, (x,), {}, pad)
+        return apart.generate(model, (x,), {"pad_token_id": 7, **kwargs}, model)
 
 
 @pytest.mark.filterwarnings("ignore:a batch of these adapters")
@@ -132,19 +161,57 @@ def test_shorter_sequences_are_padded_and_rows_stay_in_order():
     expected = [[0, 1, b, b, b], [2, 3, a, 7, 7], [4, 5, c, c, 7], [6, 7, a, 7, 7]]
     assert tokens.tolist() == expected
     with pytest.raises(MixedBatchError, match="no pad_token_id"):
-        run(Apart(), Model(), ["b", "a"], pad=None)
+        run(Apart(), Model(), ["b", "a"], pad_token_id=None)
 
 
 @pytest.mark.filterwarnings("ignore:a batch of these adapters")
 def test_other_outputs_are_put_together_where_they_are_alike():
-    model = Model(scores=lambda x, steps: x[:, 0].float(), past_key_values=lambda x, steps: object())
+    model = Model(sequences_scores=lambda x, steps: x[:, 0].float(), past_key_values=lambda x, steps: object())
     out = run(Apart(), model, ["b", "a", "b"])
-    assert out["scores"].tolist() == [0, 2, 4]
-    assert "past_key_values" not in out
+    assert out["sequences_scores"].tolist() == [0, 2, 4]
+    assert isinstance(out["past_key_values"], NoCache)
     by_step = Model(logits=lambda x, steps: (x.float(),) * steps)
     assert torch.equal(run(Apart(), by_step, ["c", "d"])["logits"][0], torch.arange(4.0).view(2, 2))
-    with pytest.raises(MixedBatchError, match="number of steps"):
-        run(Apart(), by_step, ["a", "b"])
+
+
+@pytest.mark.filterwarnings("ignore:a batch of these adapters")
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ({"logits": lambda x, steps: (x,) * steps}, "numbers of steps"),
+        ({"loss": lambda x, steps: x.float().mean()}, "what of it is whose"),
+        ({"shared": lambda x, steps: torch.ones(7, 2)}, "what of it is whose"),
+        ({"beam_indices": lambda x, steps: x, "scores": lambda x, steps: x}, "of the whole batch"),
+        ({"logits_per_image": lambda x, steps: x}, "of the whole batch"),
+        ({"chosen": lambda x, steps: steps}, "more than its rows"),
+        ({"texts": lambda x, steps: ["text"] * len(x)}, "more than its rows"),
+        ({"sequences": lambda x, steps: x.float()}, "no sequences of tokens"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+)
+def test_what_is_not_of_rows_is_refused(output, said):
+    with pytest.raises(MixedBatchError, match=f"rows unknown.*{said}"):
+        run(Apart(), Model(**output), ["a", "b", "a"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"mask": torch.ones(3)},
+        {"mask": torch.ones(2, 2)},
+        {"texts": ["x", "y", "z"]},
+        {"nested": {"mask": torch.ones(2, 2)}},
+        {"processor": object()},
+        {"streamer": object()},
+        {"logits_processor": [object()]},
+    ],
+    ids=str,
+)
+def test_arguments_that_may_not_be_of_rows_are_refused(more):
+    model = Model()
+    with pytest.raises(MixedBatchError, match=r"rows unknown\.$"):
+        run(Apart(), model, ["a", "b", "a"], **more)
+    assert len(model.tried) == 1
 
 
 def test_what_was_refused_is_not_tried_again_until_adapters_change():
@@ -154,12 +221,23 @@ def test_what_was_refused_is_not_tried_again_until_adapters_change():
     assert model.tried == [("a", "b"), "a", "b"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(apart, model, ["b", "a", "a"])
-    assert model.tried[3:] == ["b", "a"]
-    apart.forget()
+        run(apart, model, ["b", "a", "c"])  # and others beside them
+    assert model.tried[3:] == ["b", "a", "c"]
+    apart.forget("c")
+    run(apart, model, ["b", "a"])
+    assert model.tried[6:] == ["b", "a"]
+    apart.forget("a")
     with pytest.warns(UserWarning, match="rows unknown"):
         run(apart, model, ["a", "b"])
-    assert model.tried[5:] == [("a", "b"), "a", "b"]
+    assert model.tried[8:] == [("a", "b"), "a", "b"]
+
+
+@pytest.mark.filterwarnings("ignore:a batch of these adapters")
+def test_what_one_call_alone_refuses_is_tried_again():
+    apart, model = Apart(), Model(lasting=False)
+    for _ in range(2):
+        run(apart, model, ["a", "b"])
+    assert model.tried == [("a", "b"), "a", "b"] * 2
 
 
 def test_one_adapter_is_never_divided():
@@ -176,7 +254,7 @@ def test_the_token_that_fills_sequences():
     class Holder:
         generation_config = Config()
 
-    assert pad_token(Holder(), {}) == 5
-    assert pad_token(Holder(), {"pad_token_id": 0}) == 0
-    assert pad_token(Holder(), {"generation_config": Config(), "eos_token_id": 3}) == 3
-    assert pad_token(object(), {}) is None
+    assert _pad_token(Holder(), {}) == 5
+    assert _pad_token(Holder(), {"pad_token_id": 0}) == 0
+    assert _pad_token(Holder(), {"generation_config": Config(), "eos_token_id": 3}) == 3
+    assert _pad_token(object(), {}) is None

@@ -74,6 +74,7 @@ const Kernels kAvx2 = {
     "avx2",
     // Few rows are bound by memory, whoever multiplies; more have not been measured on such a processor.
     {4, 4, 4},
+    1 << 20,
 #include "table.inc"
 };
 

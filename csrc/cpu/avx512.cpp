@@ -35,6 +35,7 @@ const Kernels kAvx512 = {
     // bench/results/ops.jsonl. Torch repacks the weight on each call, which pays for itself with
     // many rows of float32, and of float16 where the processor multiplies that.
     {64, 64, kAnyRows},
+    1 << 20,
 #include "table.inc"
 };
 

@@ -78,6 +78,7 @@ const Kernels kAvx512Bf16 = {
     // bench/results/ops_zen4.jsonl. Torch multiplies many rows of bfloat16 at the processor's peak, and those of the
     // others at half of it and less.
     {kAnyRows, kAnyRows, 64},
+    1 << 22,
 #include "table.inc"
 };
 

@@ -14,11 +14,11 @@ namespace {
 constexpr int64_t kElementSize[kDTypes] = {4, 2, 2};
 
 // Rows of one call that are in flight together: as many as leave their inputs, as they are multiplied and packed, in
-// the second-level cache, but enough that the weights, which are read again for each such part, are not what takes the
-// time. On packed weights a range of k of the inputs serves a whole block of outputs, so that the third level does; and
-// so it does for rows of bfloat16, whose base torch computes where they are many.
+// the cache that is large enough for this processor, but enough that the weights, which are read again for each such
+// part, are not what takes the time. On packed weights a range of k of the inputs serves a whole block of outputs, so
+// that the third level does.
 int64_t rows_in_flight(const Problem& p, const Kernels& kernels) {
-  const int64_t inputs = p.panels || kernels.row_size[p.dtype] == 2 ? 1 << 21 : 1 << 18;
+  const int64_t inputs = p.panels ? 1 << 21 : kernels.bytes_in_flight / kernels.row_size[p.dtype];
   constexpr int64_t kLeast = 64, kMost = 512;
   if (p.ids) return kMost;
   return std::clamp(inputs / std::max<int64_t>(p.k, 1) / 8 * 8, kLeast, kMost);

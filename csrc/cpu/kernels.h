@@ -70,6 +70,9 @@ struct Kernels {
   // Rows up to which `dense` is used for the base and not torch's own product.
   int64_t own_base_rows[kDTypes];
 
+  // Bytes of rows that are in flight together, see batch.cpp.
+  int64_t bytes_in_flight;
+
   // Bytes of an element of the rows that are multiplied: 4, or 2 for those of bfloat16 as they are.
   int64_t row_size[kDTypes];
 

@@ -81,6 +81,7 @@ const Kernels kScalar = {
     "scalar",
     // Torch may have vectors where this file has none.
     {0, 0, 0},
+    1 << 20,
 #include "table.inc"
 };
 

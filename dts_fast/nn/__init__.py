@@ -21,7 +21,6 @@ import re
 from collections.abc import Collection, Mapping
 
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from ..bank import Arena
 from ..pieces import Piece
@@ -49,7 +48,7 @@ __all__ = [
 ]
 
 # Tables that are looked up with [query, key] distances: their input has no batch dimension, whatever its size. Nor has
-# that of a parametrization (weight_norm), which is asked for a layer's weight.
+# that of parametrizations (weight_norm), which make a layer's weight.
 _RELATIVE_POSITIONS = ("relative_attention_bias", "relative_position_bias", "rel_embeddings")
 
 # Layers of experts, in the field's usual names: experts.0.up_proj, experts.expert_0.wi.
@@ -74,7 +73,7 @@ def wrap(
         prepack: `DTSLinear`'s, where the layer allows it.
     """
     arena = (arenas or {}).get("weight")
-    if path.endswith(_RELATIVE_POSITIONS) or isinstance(layer, ParametrizationList):
+    if path.endswith(_RELATIVE_POSITIONS) or ".parametrizations." in f".{path}.":
         wrapper = DTSModule(layer, slots=slots)
         wrapper.batch_first = False
     elif type(layer) is nn.Embedding:

@@ -314,7 +314,8 @@ class DTSModule(nn.Module):
             raise MixedBatchError(
                 f"a {type(self.base_layer).__name__} whose input has no rows for the batch (a table of relative "
                 "positions, a parametrized weight) cannot differ from row to row; run these adapters in separate "
-                "batches, or compress without it (--exclude)."
+                "batches, or compress without it (--exclude).",
+                lasting=True,
             )
         return self.forward_mixed(slots, shape, args, kwargs)
 

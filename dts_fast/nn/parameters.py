@@ -145,7 +145,8 @@ class ReadParameter(Tensor):
             raise MixedBatchError(
                 f"the model computes with {name!r} of a {type(wrapper.base_layer).__name__} without calling that "
                 "layer, and the rows of this batch have different ones. Run these adapters in separate batches, or "
-                "compress without it (--exclude)."
+                "compress without it (--exclude).",
+                lasting=True,
             )
         if self.found is None:
             self.found = wrapper.dense_parameters(next(iter(slots)))[name]
@@ -180,7 +181,8 @@ def personal_method(method: Callable, wrapper: nn.Module, name: str) -> Callable
             raise MixedBatchError(
                 f"the model calls {name}() of a {type(wrapper.base_layer).__name__}, and the rows of this batch have "
                 "different parameters there, or will have in a compiled model. Run these adapters in separate batches, "
-                "not compiled, or compress without it (--exclude)."
+                "not compiled, or compress without it (--exclude).",
+                lasting=True,
             )
         own = with_parameters(wrapper.base_layer, wrapper.dense_parameters(next(iter(slots))))
         return getattr(own, name)(*args, **kwargs)
