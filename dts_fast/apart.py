@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .batch import main_input
-from .errors import DTSError, MixedBatchError, RoutingError
+from .errors import DTSError, MixedBatchError, NeverMixedError, RoutingError
 from .nn.rows import map_rows
 from .nn.state import has_objects
 from .routing import current_route, route
@@ -98,7 +98,7 @@ class Apart:
             given = map_rows(lambda t: t, main.shape[0], args, kwargs)
             return call(*given[0], **given[1])
         except MixedBatchError as error:
-            refusal, lasting = str(error), error.lasting
+            refusal, lasting = str(error), isinstance(error, NeverMixedError)
         result = self._run_apart(call, args, kwargs, main, merge, refusal)
         if lasting:
             if len(self._refused) >= _MOST_KNOWN:

@@ -28,15 +28,11 @@ class RoutingError(DTSError, ValueError):
 
 
 class MixedBatchError(RoutingError):
-    """A layer cannot tell the rows of a batch apart that use different adapters; one adapter at a time works.
+    """A layer cannot tell the rows of a batch apart that use different adapters; one adapter at a time works."""
 
-    Attributes:
-        lasting: whether that is so for these adapters whatever the batch.
-    """
 
-    def __init__(self, message: str, *, lasting: bool = False) -> None:
-        super().__init__(message)
-        self.lasting = lasting
+class NeverMixedError(MixedBatchError):
+    """That is so for these adapters whatever the batch."""
 
 
 class CapacityError(DTSError, RuntimeError):

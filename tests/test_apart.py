@@ -11,7 +11,7 @@ from test_model_architectures import adapters, deberta, t5
 
 from dts_fast import route
 from dts_fast.apart import Apart, NoCache, _pad_token
-from dts_fast.errors import MixedBatchError
+from dts_fast.errors import MixedBatchError, NeverMixedError
 from dts_fast.routing import current_route
 
 NAMES = ["b", "__base__", "a", "b"]
@@ -140,7 +140,7 @@ class Model:
         names = current_route().adapter_names
         self.tried.append(names)
         if not isinstance(names, str):
-            raise MixedBatchError("rows unknown.", lasting=self.lasting)
+            raise (NeverMixedError if self.lasting else MixedBatchError)("rows unknown.")
         steps = {"a": 1, "b": 3}.get(names, 2)
         sequences = torch.cat([x, torch.full((len(x), steps), ord(names[0]))], 1)
         if not self.output:

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _global_forward_hooks as OF_ALL
 from torch.nn.modules.module import _global_forward_pre_hooks as OF_ALL_BEFORE
 
 from ..codes import Delta, LowRankDelta, owned
-from ..errors import BaseMismatchError, DTSError, MixedBatchError
+from ..errors import BaseMismatchError, DTSError, MixedBatchError, NeverMixedError
 from ..mixture import mix
 from ..pieces import Piece
 from ..routing import ROUTES, Slots, all_base, current_slots, narrowed
@@ -311,11 +311,10 @@ class DTSModule(nn.Module):
             return self._forward_one(slots, args, kwargs)
         self.refuse_gathered(slots)
         if not self.batch_first:
-            raise MixedBatchError(
+            raise NeverMixedError(
                 f"a {type(self.base_layer).__name__} whose input has no rows for the batch (a table of relative "
                 "positions, a parametrized weight) cannot differ from row to row; run these adapters in separate "
-                "batches, or compress without it (--exclude).",
-                lasting=True,
+                "batches, or compress without it (--exclude)."
             )
         return self.forward_mixed(slots, shape, args, kwargs)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import MixedBatchError, RoutingError, UnknownAdapterError
+from ..errors import NeverMixedError, RoutingError, UnknownAdapterError
 from ..routing import current_route, named_slots
 from ..slots import BASE, BASE_SLOT
 
@@ -100,7 +100,7 @@ class ReadParameter(Tensor):
     memory of its own, so that nothing can compute with the base's by mistake.
 
     Raises:
-        MixedBatchError: where it is computed with and the rows of the batch differ.
+        NeverMixedError: where it is computed with and the rows of the batch differ.
         RoutingError: where it is written to.
     """
 
@@ -142,11 +142,10 @@ class ReadParameter(Tensor):
     def personal(self) -> Tensor:
         wrapper, name, slots = self.origin
         if len(slots) > 1:
-            raise MixedBatchError(
+            raise NeverMixedError(
                 f"the model computes with {name!r} of a {type(wrapper.base_layer).__name__} without calling that "
                 "layer, and the rows of this batch have different ones. Run these adapters in separate batches, or "
-                "compress without it (--exclude).",
-                lasting=True,
+                "compress without it (--exclude)."
             )
         if self.found is None:
             self.found = wrapper.dense_parameters(next(iter(slots)))[name]
@@ -165,7 +164,7 @@ def personal_method(method: Callable, wrapper: nn.Module, name: str) -> Callable
     """A method of a base layer that the model calls beside its forward, with the current adapter's parameters.
 
     Raises (when called):
-        MixedBatchError: the rows of the batch have different ones.
+        NeverMixedError: the rows of the batch have different ones.
     """
     if torch.compiler.is_compiling():  # which adapters there will be a graph does not know
         slots = {BASE_SLOT, *range(wrapper.slots.capacity)}
@@ -178,11 +177,10 @@ def personal_method(method: Callable, wrapper: nn.Module, name: str) -> Callable
 
     def run(*args, **kwargs):
         if len(slots) > 1:
-            raise MixedBatchError(
+            raise NeverMixedError(
                 f"the model calls {name}() of a {type(wrapper.base_layer).__name__}, and the rows of this batch have "
                 "different parameters there, or will have in a compiled model. Run these adapters in separate batches, "
-                "not compiled, or compress without it (--exclude).",
-                lasting=True,
+                "not compiled, or compress without it (--exclude)."
             )
         own = with_parameters(wrapper.base_layer, wrapper.dense_parameters(next(iter(slots))))
         return getattr(own, name)(*args, **kwargs)
