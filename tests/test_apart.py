@@ -205,7 +205,7 @@ def test_what_is_not_of_rows_is_refused(output, said):
         {"streamer": object()},
         {"logits_processor": [object()]},
     ],
-    ids=str,
+    ids=["vector", "matrix", "list", "nested", "object", "streamer", "processors"],
 )
 def test_arguments_that_may_not_be_of_rows_are_refused(more):
     model = Model()
