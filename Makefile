@@ -17,10 +17,8 @@ NATIVE := $(shell find csrc -type f) setup.py
 demo: $(VENV)/.installed
 	$(BIN)/dts-fast demo $(ARGS)
 
-# A file at a time, in as many processes: most tests leave a core idle.
-WORKERS ?= 2
 test: $(VENV)/.installed lint readme-check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -145,7 +145,7 @@ SHAPES = [
     (9, 2600, 130, [33, 200]),  # ranges of K; tasks of some pages
     (1, 300, 700, [300, 70]),  # one row: blocks of outputs, four pages at a time, more than 16
     (64, 1700, 40, [150]),
-    (23, 2048, 70, [33, 16]),  # rows a power of two apart, groups of rows of several sizes
+    (23, 1024, 33, [20]),  # rows a power of two apart, groups of rows of several sizes
 ]
 
 
