@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -123,32 +124,39 @@ _CANDIDATES = {
 }
 
 
+# Processors that the layers were timed on.
+_OPS = {"Emerald Rapids": "ops.jsonl", "Zen 4": "ops_zen4.jsonl"}
+
+
 def overheads() -> str:
     """The first look at `ops`: base and delta in one layer, beside PEFT's LoRA of equal rank."""
-    head, rows = _read("ops.jsonl")
-    mine = [row for row in rows if row["question"] == "single" and row["dtype"] == "bfloat16"]
-    sizes = sorted({row["m"] for row in mine})
-    out = ["| rows of a batch |" + "".join(f" {m} |" for m in sizes), "|---" * (len(sizes) + 1) + "|"]
-    for model in ("Llama-3.1-8B", "Qwen2.5-0.5B"):
-        for candidate in ("DTSLinear", "DTSLinear, prepacked", "PEFT LoRA, equal rank"):
-            cells = []
-            for m in sizes:
-                at = [r["ratio"] for r in mine if (r["model"], r["candidate"], r["m"]) == (model, candidate, m)]
-                cells.append(f"{geometric_mean(at):.2f}")
-            label = f"**{candidate}**" if candidate.startswith("DTS") else candidate
-            out.append(f"| {model}: {label} | " + " | ".join(cells) + " |")
+    out, measured = [], []
+    for cpu, file in _OPS.items():
+        head, rows = _read(file)
+        measured.append(f"{cpu}: {hardware(head['header'])}; [bench/results/{file}](bench/results/{file})")
+        mine = [row for row in rows if row["question"] == "single" and row["dtype"] == "bfloat16"]
+        sizes = sorted({row["m"] for row in mine})
+        if not out:
+            out = ["| rows of a batch |" + "".join(f" {m} |" for m in sizes), "|---" * (len(sizes) + 1) + "|"]
+        for model in ("Llama-3.1-8B", "Qwen2.5-0.5B"):
+            for candidate in ("DTSLinear", "DTSLinear, prepacked", "PEFT LoRA, equal rank"):
+                cells = []
+                for m in sizes:
+                    at = [r["ratio"] for r in mine if (r["model"], r["candidate"], r["m"]) == (model, candidate, m)]
+                    cells.append(f"{geometric_mean(at):.2f}")
+                label = f"**{candidate}**" if candidate.startswith("DTS") else candidate
+                out.append(f"| {cpu}, {model}: {label} | " + " | ".join(cells) + " |")
     out += [
         "",
         "bfloat16, an adapter at 1 % of the base, geometric mean over the model's linear layers; *prepacked* keeps the "
-        f"base's weight in the kernels' order (`prepack=True`). ({hardware(head['header'])}; "
-        "[bench/results/ops.jsonl](bench/results/ops.jsonl))",
+        f"base's weight in the kernels' order (`prepack=True`). ({'. '.join(measured)})",
     ]
     return "\n".join(out)
 
 
-def ops() -> str:
+def ops(file: str) -> str:
     """Time over the bare linear's, one adapter: geometric means over the linears of each model."""
-    head, rows = _read("ops.jsonl")
+    head, rows = _read(file)
     single = [row for row in rows if row["question"] == "single"]
     out = []
     for dtype in ("bfloat16", "float32", "float16"):
@@ -174,9 +182,8 @@ def ops() -> str:
         "Time over that of `F.linear`, medians of interleaved ratios, geometric mean over the model's linears (in "
         "brackets the worst); adapters at 1 % of a 16-bit base; weights and codes come from memory, "
         f"which reads {head['roofline']['bytes_per_s'] / 1e9:.0f} GB/s here; products reach {flops:.0f} GF/s. "
-        f"({hardware(head['header'])}; "
-        "[bench/results/ops.jsonl](bench/results/ops.jsonl), where the share of the "
-        "roofline stands beside each figure)"
+        f"({hardware(head['header'])}; [bench/results/{file}](bench/results/{file}), where the share of the roofline "
+        "stands beside each figure)"
     )
     return "\n".join(out)
 
@@ -229,9 +236,9 @@ def model() -> str:
     return "\n".join(out)
 
 
-def mixed() -> str:
+def mixed(file: str) -> str:
     """32 rows that use several adapters, over the bare linear and over PEFT's mixed batch."""
-    head, rows = _read("ops.jsonl")
+    head, rows = _read(file)
     out = [
         "| layer | composition | adapters | over `F.linear` | prepacked | PEFT, equal rank, over it | equal bytes |",
         "|---|---|---|---|---|---|---|",
@@ -336,7 +343,12 @@ def _read(name: str) -> tuple[dict, list[dict]]:
 
 BLOCKS = {
     "README.md": {"overheads": overheads, "model": model, "demo": demo},
-    "docs/measurements.md": {"fidelity": fidelity, "ablation": ablation, "ops": ops, "mixed": mixed},
+    "docs/measurements.md": {
+        "fidelity": fidelity,
+        "ablation": ablation,
+        **{f"ops, {cpu}": partial(ops, file) for cpu, file in _OPS.items()},
+        **{f"mixed, {cpu}": partial(mixed, file) for cpu, file in _OPS.items()},
+    },
     "docs/kernels.md": {"floors": floors, "machine-code": machine_code},
 }
 
