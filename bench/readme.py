@@ -188,6 +188,32 @@ def ops(file: str) -> str:
     return "\n".join(out)
 
 
+def pairs() -> str:
+    """What multiplying bfloat16 in pairs, and asking for weights far ahead, is worth where both are fast."""
+    measured = {"avx512_bf16": _OPS["Zen 4"], "avx512": "ops_zen4_avx512.jsonl"}
+    out = []
+    for isa, file in measured.items():
+        head, rows = _read(file)
+        mine = [row for row in rows if row["question"] == "single" and row["dtype"] == "bfloat16"]
+        sizes = sorted({row["m"] for row in mine})
+        out = out or ["| rows |" + "".join(f" {m} |" for m in sizes), "|---" * (len(sizes) + 1) + "|"]
+        for name in ("Llama-3.1-8B", "Qwen2.5-0.5B"):
+            for candidate in ("DTSLinear", "DTSLinear, prepacked"):
+                cells = [
+                    [r["ratio"] for r in mine if (r["model"], r["candidate"], r["m"]) == (name, candidate, m)]
+                    for m in sizes
+                ]
+                means = " | ".join(f"{geometric_mean(at):.2f}" for at in cells)
+                out.append(f"| {name}: {candidate}, `{isa}` | {means} |")
+    files = " and ".join(f"[bench/results/{file}](bench/results/{file})" for file in measured.values())
+    out += [
+        "",
+        "The same layers, one after the other on one machine, with `DTS_FAST_CPU_ISA=avx512` for the second: time over "
+        f"that of `F.linear`. ({hardware(head['header'])}; {files})",
+    ]
+    return "\n".join(out)
+
+
 def model() -> str:
     """Tokens a second of whole models that decode, the memory of many adapters, and how fast one is loaded."""
     head, rows = _read("model.jsonl")
@@ -347,6 +373,7 @@ BLOCKS = {
         "fidelity": fidelity,
         "ablation": ablation,
         **{f"ops, {cpu}": partial(ops, file) for cpu, file in _OPS.items()},
+        "pairs": pairs,
         **{f"mixed, {cpu}": partial(mixed, file) for cpu, file in _OPS.items()},
     },
     "docs/kernels.md": {"floors": floors, "machine-code": machine_code},
