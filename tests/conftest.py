@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of a GPU
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Python; read when triton is imported
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+TARGETS = ("80", "89", "90", "100")  # what the CUDA kernels are compiled for
 
 # `make test` tries the same calls each time, so that a failure is the change's; `make fuzz` searches for new ones.
 settings.register_profile("repeatable", derandomize=True, max_examples=40, deadline=None)
@@ -40,6 +46,37 @@ def all_at_once(commands: dict[str, list[str]], **environment: str) -> Iterator[
         for process in processes.values():
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The emulated GPU's program (tests/native/decode.cpp), as it is compiled and run."""
+    program = tmp_path_factory.mktemp("emulated") / "decode"
+    compiler = ["c++", "-std=c++20", "-O2", "-Wno-attributes", f"-I{CSRC}", f"-I{ROOT / 'tests' / 'native'}"]
+    compiler += ["-o", str(program), str(ROOT / "tests" / "native" / "decode.cpp")]
+    command = f"{shlex.join(compiler)} && {shlex.quote(str(program))} 5"
+    with all_at_once({"decode": ["nice", "sh", "-c", command]}) as processes:
+        yield processes["decode"]
+
+
+@pytest.fixture(scope="session")
+def compilers(tmp_path_factory):
+    """An nvcc for each target."""
+    folder = tmp_path_factory.mktemp("cuda")
+    command = ["nice", "nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-cubin", "-Xptxas", "-v"]
+    command.append(str(CSRC / "cuda" / "launch.cu"))
+    commands = {t: [*command, f"-arch=sm_{t}", "-o", str(folder / f"{t}.cubin")] for t in TARGETS}
+    with all_at_once(commands) as processes:
+        yield processes, folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_ahead(request):
+    """What takes minutes runs beside the tests that come before it, which leave a core idle."""
+    wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    for name, program in (("compilers", "nvcc"), ("emulated", "c++")):
+        if name in wanted and shutil.which(program):
+            request.getfixturevalue(name)
 
 
 @pytest.fixture(autouse=True)

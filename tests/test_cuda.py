@@ -3,42 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
-from pathlib import Path
 
 import pytest
-from conftest import all_at_once
-
-ROOT = Path(__file__).parent.parent
-CSRC = ROOT / "csrc"
-TARGETS = ("80", "89", "90", "100")
+from conftest import CSRC, TARGETS
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """The emulated GPU's program, as it is compiled and run: beside the compilers, for it keeps one core busy."""
-    program = tmp_path_factory.mktemp("emulated") / "decode"
-    compiler = ["c++", "-std=c++20", "-O2", "-Wno-attributes", f"-I{CSRC}", f"-I{ROOT / 'tests' / 'native'}"]
-    compiler += ["-o", str(program), str(ROOT / "tests" / "native" / "decode.cpp")]
-    if shutil.which("c++") is None:
-        yield None
-        return
-    with all_at_once({"decode": ["sh", "-c", f"{shlex.join(compiler)} && {shlex.quote(str(program))} 5"]}) as processes:
-        yield processes["decode"]
-
-
-@pytest.fixture(scope="module")
-def compilers(tmp_path_factory, emulated):
-    """An nvcc for each target."""
-    folder = tmp_path_factory.mktemp("cuda")
-    command = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-cubin", "-Xptxas", "-v", str(CSRC / "cuda" / "launch.cu")]
-    commands = {t: [*command, f"-arch=sm_{t}", "-o", str(folder / f"{t}.cubin")] for t in TARGETS}
-    with all_at_once(commands) as processes:
-        yield processes, folder
 
 
 @needs_nvcc
