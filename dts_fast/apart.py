@@ -161,7 +161,8 @@ def _pad_token(model: object, kwargs: Mapping[str, object]) -> int | None:
 
 
 def _merge(results: list, taken: list[list[int]], several: bool = False):
-    """What parts of a batch have returned, with the rows in their order.
+    """What parts of a batch have returned, with the rows in their order. Stricter than what joins a layer's outputs
+    (`nn.rows.merge_rows`), which knows what layers return; a model may return anything.
 
     Args:
         several: whether there may be several neighbouring entries of each row (beams).

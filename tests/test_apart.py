@@ -29,6 +29,11 @@ def test_every_row_gets_its_adapters_logits(tmp_path, make, length):
     if make is t5:
         inputs["decoder_input_ids"] = torch.randint(3, 99, (4, length))
     expected = torch.stack([dense[name](**inputs).logits[row] for row, name in enumerate(NAMES)])
+    with warnings.catch_warnings():  # one adapter is never divided, however it is named
+        warnings.simplefilter("error", UserWarning)
+        alone = model(**inputs, adapter_names=["a"] * 4).logits
+    one = dense["a"](**inputs).logits
+    torch.testing.assert_close(alone, one, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
     said = "relative positions" if make is t5 else "without calling"
     with pytest.warns(UserWarning, match=f"once for each of them.*{said}"):
         out = model(**inputs, adapter_names=NAMES)
