@@ -7,6 +7,7 @@ DTS_FAST_BUILD=auto   (default) build what can be built; without a compiler, ins
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,20 @@ def why_not_cuda(torch, cuda_home: str | None) -> str | None:
         return "this torch was built without CUDA"
     if cuda_home is None:
         return "no CUDA toolkit was found (CUDA_HOME, nvcc)"
+    if not is_cuda_home(cuda_home):
+        return f"{cuda_home} has no include/cuda_runtime_api.h; set CUDA_HOME to the toolkit's directory"
     return None
+
+
+def is_cuda_home(folder: str | Path) -> bool:
+    return (Path(folder) / "include" / "cuda_runtime_api.h").is_file()
+
+
+def find_cuda_home() -> None:
+    """Torch takes the toolkit to be where the `nvcc` of the path is, which may be a script that calls another one."""
+    nvcc, usual = shutil.which("nvcc"), "/usr/local/cuda"
+    if nvcc and not is_cuda_home(Path(nvcc).parent.parent) and is_cuda_home(usual):
+        os.environ.setdefault("CUDA_HOME", usual)
 
 
 def native_build() -> dict:
@@ -50,6 +64,7 @@ def native_build() -> dict:
         raise SystemExit(f"DTS_FAST_BUILD must be one of {', '.join(CHOICES)}, got {CHOICE!r}.")
     if CHOICE == "none":
         return {}
+    find_cuda_home()
     try:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension

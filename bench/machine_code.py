@@ -28,12 +28,16 @@ _ENTRY = re.compile(
 
 
 def cuda(capability: int) -> Iterator[dict[str, object]]:
-    """Every instance of csrc/cuda/launch.cu."""
+    """Every instance of csrc/cuda."""
+    usage, sass = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "launch.cubin"
-        command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{capability}", "-cubin"]
-        subprocess.run([*command, "-o", str(cubin), str(ROOT / "csrc" / "cuda" / "launch.cu")], check=True)
-        usage, sass = disassemble(cubin.read_bytes())
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*float16*.cu")):
+            cubin = Path(folder) / f"{source.stem}.cubin"
+            command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{capability}", "-cubin"]
+            subprocess.run([*command, "-o", str(cubin), str(source)], check=True)
+            own_usage, own_sass = disassemble(cubin.read_bytes())
+            usage |= own_usage
+            sass |= own_sass
     for name, resources in usage.items():
         entry = _ENTRY.search(name)
         code = sass[name]

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import native, reference
 from .codes import PAGE_RANKS, PageLayout
 
-_DECODE_ROWS = 64  # csrc/cuda/decode.h
+_DECODE_ROWS, _DECODE_INPUTS = 64, 1 << 24  # csrc/cuda/decode.h
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *bank: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _decodes(x: Tensor, weight: Tensor | None, bank: tuple[Tensor, ...]) -> bool
     return (
         0 < x.shape[0] <= _DECODE_ROWS
         and os.environ.get("DTS_FAST_GPU") not in ("triton", "plain")
-        and x.shape[1] > 0
+        and 0 < x.shape[1] <= _DECODE_INPUTS
         and why_not_cuda(x.device) is None
         and x.dtype in (torch.bfloat16, torch.float16)
         and _whole_vectors(x)

@@ -64,7 +64,9 @@ def compilers(tmp_path_factory):
     """An nvcc for each target."""
     folder = tmp_path_factory.mktemp("cuda")
     command = ["nice", "nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-cubin", "-Xptxas", "-v"]
-    command.append(str(CSRC / "cuda" / "launch.cu"))
+    whole = folder / "all.cu"  # at once, as the parts would read the same headers again
+    whole.write_text("".join(f'#include "{file}"\n' for file in sorted((CSRC / "cuda").glob("*.cu"))))
+    command.append(str(whole))
     commands = {t: [*command, f"-arch=sm_{t}", "-o", str(folder / f"{t}.cubin")] for t in TARGETS}
     with all_at_once(commands) as processes:
         yield processes, folder

@@ -144,7 +144,7 @@ __device__ __forceinline__ Table table_of(const float4& levels) {
 template <int kRowTiles, class S>
 __device__ __forceinline__ void know_batch(const DecodeProblem& p, S& shared) {
   using R = Rows<kRowTiles>;
-  constexpr int kAtOnce = 8;
+  constexpr int kAtOnce = 16;  // a trip to memory for each 256 ranks of an adapter
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int half = 0; half < R::kHalves; ++half) {

@@ -73,6 +73,7 @@ struct Place {
 };
 __device__ __forceinline__ Place place_of_block(const DecodeProblem& p) {
   const int block = here(blockIdx.x);
+  if (p.slices == 1) return {block, 0};  // without a division, which takes as long as a trip to a cache
   return {block / p.slices, block % p.slices};
 }
 
@@ -94,6 +95,8 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
   float sums[kOutputTiles][kRowTiles][4] = {};
   if (warp >= kWarps) {
     wait_for_kernel_before();
+    // A number is on its way while the batch is looked at: it is all that the first piece of the shrink waits for.
+    const uint32_t claimed = claim(p);
     if (warp == kWarps) {
       know_batch<kRowTiles>(p, shared);
       if constexpr (kGroups > 1) list_pages<kRowTiles>(p, place_of_block(p).slice, 0, shared);
@@ -105,7 +108,7 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
         const int listed = min(shared.own_pages, S::kListed);
         copy_first_batches<kWarps>(p, place_of_block(p).in_n * kOutputs, listed, shared);
       }
-      shrink_claims<T, kRowTiles, false>(p, blocks, shared);
+      shrink_claims<T, kRowTiles, false>(p, claimed, blocks, shared);
       if (warp == kWarps) {
         if (lane == 0) set_flag(&shared.exhausted);
         if constexpr (kGroups == 1) stage_expand(p, place_of_block(p).in_n * kOutputs, shared);
@@ -132,7 +135,7 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
     // Where rows differ there may be more to shrink than the warps beside these have done by now.
     const int exhausted = lane == 0 ? read_flag(&shared.exhausted) : 0;
     if (shared.pages && !__shfl_sync(0xffffffff, exhausted, 0)) {
-      shrink_claims<T, kRowTiles, kBase>(p, blocks, shared);
+      shrink_claims<T, kRowTiles, kBase>(p, claim(p), blocks, shared);
     }
   }
   __syncthreads();
@@ -145,11 +148,11 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
   }
   share_sums<kRowTiles, kOutputTiles>(shared, offset, own, sums);
   __syncthreads();
-  if (warp == kWarps && shared.pages && lane == 0) {
+  if (warp == kWarps && lane == 0) {
     // Seen. All claims of this block were taken before the barriers above, and the last block to say so finds all
     // taken. Here, where no one waits for it.
     const uint32_t bound = shared.pages + blocks - 1;
-    if (fetch_increment(p.counters + kDone, bound) == bound) p.counters[kClaimed] = 0;
+    if (increment_is_last(p.counters + kDone, bound)) p.counters[kClaimed] = 0;
   }
   const auto [place_in_n, slice] = place_of_block(p);
   const int first = place_in_n * kOutputs;

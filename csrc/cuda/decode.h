@@ -8,12 +8,14 @@ struct CUstream_st;
 
 namespace dts_fast::cuda {
 
-// Counters in global memory, 0 before and after every launch; one launch at a time may use them.
+// Counters in global memory, 0 before and after every launch; one launch at a time may use them. Claims are not to wait
+// for those who look again and again at what is done: each has a cache line of its own.
 constexpr int kClaimed = 0;
-constexpr int kDone = 1;
-constexpr int kArrivals = 2;  // one for each row and each page that a slot may list, then one for each slice's outputs
+constexpr int kDone = 32;
+constexpr int kArrivals = 64;  // one for each row and each page that a slot may list, then one for each slice's outputs
 
 constexpr int kMostDecodeRows = 64;
+constexpr int kMostDecodeInputs = 1 << 24;  // parts of them are computed in 32 bits
 
 struct DecodeProblem {
   const void* x;  // [m, x_stride]
@@ -69,8 +71,8 @@ inline DecodeShape choose_shape(int64_t m, int64_t n, int64_t k, bool base, int 
     // A few long slices are better than many short ones.
     if (base && row_tiles == 4 && 16 * blocks_of(shape, n) <= multiprocessors) shape = {4, 4, 1, 7, 1};
   } else if (blocks_of(shape, n) > multiprocessors) {
-    // Twice the outputs for as much of x.
-    shape = row_tiles == 1 ? DecodeShape{1, 1, 1, 7, 1} : DecodeShape{2, 2, 1, 15, 1};
+    // Twice the outputs for as much of x, of which up to 4 rows are not much.
+    shape = row_tiles == 1 ? DecodeShape{1, m > 4 ? 2 : 1, 1, 7, 1} : DecodeShape{2, 2, 1, 15, 1};
     if (row_tiles == 2 && blocks_of(shape, n) > multiprocessors) shape.warps = 7;
   }
   const int64_t blocks = blocks_of(shape, n), idle = many ? 2 : 3;
@@ -106,6 +108,7 @@ inline int choose_splits(int64_t k) { return static_cast<int>(k < 64 * kSplit ? 
 #define DTS_FAST_DECODE_SHAPES(X) \
   X(1, 1, 1, 7)                   \
   X(1, 1, 1, 15)                  \
+  X(1, 2, 1, 7)                   \
   X(2, 1, 1, 15) X(2, 2, 1, 7) X(2, 2, 1, 15) X(4, 2, 1, 7) X(4, 4, 1, 7) X(4, 2, 4, 4) X(8, 1, 1, 7) X(8, 2, 4, 4)
 
 // Launches on a stream of the current device; the error code of the launch, 0 for none (cudaError_t).

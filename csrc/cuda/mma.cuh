@@ -42,10 +42,11 @@ __device__ __forceinline__ uint64_t read_once_policy() {
 
 // Copies of 16 bytes to shared memory (zeros where they are not `there`), past the first-level cache. They are counted
 // in groups, which end in their order: a wait for the oldest leaves the others under way. (Loads to registers are not:
-// what a compiler waits for is that all have come that it has given one of six numbers.)
+// what a compiler waits for is that all have come that it has given one of six numbers.) Four lanes ask for 64 bytes of
+// a row, and the memory is asked for the 64 behind them as well, which come next.
 __device__ __forceinline__ void copy_once(uint4* to, const void* from, bool there, uint64_t policy) {
   const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to)), bytes = there ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;"
                :
                : "r"(at), "l"(from), "r"(bytes), "l"(policy)
                : "memory");

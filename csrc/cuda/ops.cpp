@@ -42,7 +42,7 @@ void decode_(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>
   expect(m <= kMostDecodeRows && k % 8 == 0 && aligned(x), "x",
          "at most " + std::to_string(kMostDecodeRows) + " rows of whole 16 bytes", x);
   if (weight) expect(aligned(*weight), "weight", "rows of whole 16 bytes", *weight);
-  expect(k > 0 && length > 0, "x", "an input, and slots that may list pages", x);
+  expect(k > 0 && k <= kMostDecodeInputs && length > 0, "x", "an input, and slots that may list pages", x);
   expect(reinterpret_cast<uintptr_t>(pages.const_data_ptr()) % 16 == 0, "pages", "an alignment of 16 bytes", pages);
   expect(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16, "x", "float16 or bfloat16", x);
   if (m == 0 || n == 0) return;

@@ -29,6 +29,8 @@ __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) inputs[j] = x + (8 * j + g) * p.x_stride + begin * kChunk + 8 * t;
   uint4 xs[kBuffers][kInputs][kTiles];
+  // Products that wait for each other take longer than anything else here: with one tile there are two chains of them.
+  float others[kTiles][4] = {};
   const auto load_inputs = [&](int done, int stage) {
 #pragma unroll
     for (int i = 0; i < kInputs; ++i) {
@@ -64,13 +66,18 @@ __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32
 #pragma unroll
           for (int j = 0; j < kTiles; ++j) {
             const uint4 in = xs[stage % kBuffers][i][j];
-            mma<T>(sums[j], top.first, bottom.first, top.second, bottom.second, step ? in.z : in.x, step ? in.w : in.y);
+            mma<T>(kTiles == 1 && step ? others[j] : sums[j], top.first, bottom.first, top.second, bottom.second,
+                   step ? in.z : in.x, step ? in.w : in.y);
           }
         }
       }
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) inputs[j] += kCodes * kChunk;
+  }
+  if constexpr (kTiles == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[0][i] += others[0][i];
   }
 }
 
@@ -170,29 +177,33 @@ __device__ __forceinline__ bool shrink_split(const DecodeProblem& p, const S& sh
   return true;
 }
 
-// Shrinks what no one else has claimed, by one warp, until nothing is left; one that has other sums in its registers,
-// or has not.
+// The number of a piece that no one else has, in lane 0.
+__device__ __forceinline__ uint32_t claim(const DecodeProblem& p) {
+  return (threadIdx.x & 31) == 0 ? fetch_add(p.counters + kClaimed) : 0;
+}
+
+// Shrinks piece number `next` and then what no one else has claimed, by one warp, until nothing is left; one that has
+// other sums in its registers, or has not.
 template <class T, int kRowTiles, bool kOtherSums, class S>
-__device__ __forceinline__ void shrink_claims(const DecodeProblem& p, int blocks, S& shared) {
+__device__ __forceinline__ void shrink_claims(const DecodeProblem& p, uint32_t next, int blocks, S& shared) {
   using R = Rows<kRowTiles>;
   const int lane = threadIdx.x & 31;
-  const auto claim_next = [&] { return lane == 0 ? fetch_add(p.counters + kClaimed) : 0; };
-  uint32_t next = claim_next();
   while (true) {
-    const uint32_t claims = shared.pages * here(p.splits), claim = __shfl_sync(0xffffffff, next, 0);
-    if (claim >= claims) break;
+    const uint32_t claims = shared.pages * here(p.splits), number_of_claim = __shfl_sync(0xffffffff, next, 0);
+    if (number_of_claim >= claims) break;
     // Where there are many for each warp, the next one's number is on its way meanwhile; not that of the last ones, for
     // which others would wait.
     const uint32_t warps = S::kBeside * blocks;
-    const bool ahead = kRowTiles > 2 && claims > 4 * warps && claim + warps < claims;
-    if (ahead) next = claim_next();
+    const bool ahead = kRowTiles > 2 && claims > 4 * warps && number_of_claim + warps < claims;
+    if (ahead) next = claim(p);
     // Neighbours are the splits of one page, which so end at about the same time.
-    const int number = static_cast<int>(claim) / p.splits, split = static_cast<int>(claim) % p.splits;
+    const int number = static_cast<int>(number_of_claim) / p.splits,
+              split = static_cast<int>(number_of_claim) % p.splits;
     const int first = R::first(R::where([&](int half) { return shared.holds(lane + 32 * half, number); }));
     const bool complete = shrink_split<T, kRowTiles, kOtherSums>(p, shared, number, first, split);
     __syncwarp();
     if (complete && lane == 0) increment_release(p.counters + kDone, shared.pages + blocks - 1);
-    if (!ahead) next = claim_next();
+    if (!ahead) next = claim(p);
   }
 }
 

@@ -32,8 +32,9 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int
     }
   }
   const int chunks = (p.k + kChunk - 1) / kChunk;
-  const int begin = static_cast<int>(static_cast<int64_t>(chunks) * part / parts);
-  const int end = static_cast<int>(static_cast<int64_t>(chunks) * (part + 1) / parts);
+  // In 32 bits (kMostDecodeInputs): a longer division is some hundred instructions before the first copy.
+  const int begin = static_cast<unsigned>(chunks * part) / static_cast<unsigned>(parts);
+  const int end = static_cast<unsigned>(chunks * (part + 1)) / static_cast<unsigned>(parts);
   const auto inside = [&](int chunk) { return chunk < end && chunk * kChunk + 8 * t < p.k; };
   const auto copy_weights = [&](int slot, int chunk) {
     const bool there = inside(chunk);
@@ -41,8 +42,8 @@ __device__ __forceinline__ void base_sums(const DecodeProblem& p, int first, int
     for (int o = 0; o < kOutputTiles; ++o) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // What is not there is not read; its address is one that could be.
-        copy_once(&ring[slot][2 * o + half][lane], rows[o][half] + (there ? chunk * kChunk : -8 * t), there, policy);
+        // What is not there is not read, wherever its address would be.
+        copy_once(&ring[slot][2 * o + half][lane], rows[o][half] + chunk * kChunk, there, policy);
       }
     }
     end_group_of_copies();

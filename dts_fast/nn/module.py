@@ -398,8 +398,8 @@ class DTSModule(nn.Module):
 
 def is_changed(name: str, held: Collection[str]) -> bool:
     """Whether a parameter is among names, or a piece of it is."""
-    pieces = (piece for own in held if (piece := Piece.named(own)) is not None)
-    return name in held or any(piece.parameter == name for piece in pieces)
+    pieces = [Piece.named(own) for own in held]
+    return name in held or any(piece is not None and piece.parameter == name for piece in pieces)
 
 
 def has_features(layer: nn.Module) -> bool:

@@ -1,0 +1,5 @@
+#include "instances.cuh"
+
+namespace dts_fast::cuda {
+template cudaError_t launch<__half, false>(const DecodeProblem& p, const DecodeShape& shape, cudaStream_t stream);
+}  // namespace dts_fast::cuda
