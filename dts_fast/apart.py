@@ -52,9 +52,12 @@ class Apart:
     def __init__(self) -> None:
         # What was said, by the adapters' names.
         self._refused: dict[frozenset[str], str] = {}
+        # Those of calls that were mixed: layers that they change get rows, and not tokens, as first dimension.
+        self._rows_first: set[str] = set()
 
     def forget(self, name: str) -> None:
         """An adapter has changed: try again to mix it."""
+        self._rows_first.discard(name)
         for names in [names for names in list(self._refused) if name in names]:
             self._refused.pop(names, None)
 
@@ -93,13 +96,29 @@ class Apart:
         refusal = next((said for known, said in list(self._refused.items()) if known <= key), None)
         if refusal is not None:
             return self._run_apart(call, args, kwargs, main, merge, refusal)
+        failed: Exception | None = None
+        square = main.dim() in (2, 3) and main.shape[1] == main.shape[0]
         try:
+            if square and not key <= self._rows_first:
+                self._try_one_more_row(call, args, kwargs, main)
             # Containers are copied: what a model writes to them is not for the call that comes after.
             given = map_rows(lambda t: t, main.shape[0], args, kwargs)
-            return call(*given[0], **given[1])
+            result = call(*given[0], **given[1])
+            self._rows_first |= key
+            return result
         except MixedBatchError as error:
             refusal, lasting = str(error), isinstance(error, NeverMixedError)
-        result = self._run_apart(call, args, kwargs, main, merge, refusal)
+        except DTSError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            # It may be the model's, which does not take what wrappers make of rows that differ, or the call's.
+            refusal, lasting, failed = f"so it fails ({type(error).__name__}: {error})", False, error
+        try:
+            result = self._run_apart(call, args, kwargs, main, merge, refusal)
+        except Exception:
+            if failed is not None:
+                raise failed from None
+            raise
         if lasting:
             if len(self._refused) >= _MOST_KNOWN:
                 self._refused.clear()
@@ -110,6 +129,24 @@ class Apart:
             stacklevel=level,
         )
         return result
+
+    def _try_one_more_row(self, call: Callable, args, kwargs, main: Tensor) -> None:
+        """Where a batch has as many rows as tokens, layers of a model that puts time first would take one for the
+        other. One more row tells, once.
+
+        Raises:
+            MixedBatchError: so it is.
+        """
+        current, rows = current_route(), main.shape[0]
+        names = current.names_for(rows)
+        index = torch.tensor([*range(rows), 0])
+        given = map_rows(lambda t: t[index.to(t.device)], rows, args, kwargs)
+        devices = [main.device] if main.is_cuda else []
+        with (
+            torch.random.fork_rng(devices),  # what is drawn here is not to be missed later
+            route([*names, names[0]], expandable=current.expandable, lease=current.lease),
+        ):
+            call(*given[0], **given[1])
 
     def _run_apart(self, call: Callable, args, kwargs, main: Tensor, merge: Callable, refusal: str):
         current, rows = current_route(), main.shape[0]

@@ -38,8 +38,8 @@ class LiveModel:
         self._first_path = {path: first.setdefault(id(module), path) for path, module in self.modules.items()}
         self._aliases = _aliases(model)
         self._names_in_checkpoint = names_in_checkpoint(model)
-        pieces = (name for name in self._names_in_checkpoint.values() if name not in self._aliases)
-        self._aliases |= {name: (name,) for name in pieces}
+        pieces = [name for name in self._names_in_checkpoint.values() if name not in self._aliases]
+        self._aliases |= {name: self._aliases_of_piece(name) for name in pieces}
         self._last: tuple[object, ...] = (None,)
         # One that every layout of weights leaves in its place: the first, most often an embedding table.
         owned = (
@@ -74,7 +74,8 @@ class LiveModel:
         Raises:
             BaseMismatchError: deltas of parameters that the model does not have.
         """
-        key = tuple((name, isinstance(parameter, Tensor)) for name, parameter in adapter.parameters.items())
+        tied = adapter.config["tied"]
+        key = tuple((name, isinstance(parameter, Tensor)) for name, parameter in adapter.parameters.items()), tied
         last = self._last  # read once: other threads load too
         if key == last[0]:  # adapters of one base mostly change the same parameters
             places, live = last[1:]
@@ -90,7 +91,7 @@ class LiveModel:
         for name, piece in pieces.items():  # of a stack in the checkpoint, which is one in the model
             if piece.parameter in live:
                 live[name] = str(replace(piece, parameter=live[piece.parameter]))
-                self._aliases.setdefault(live[name], (live[name],))
+                self._aliases.setdefault(live[name], self._aliases_of_piece(live[name]))
         of_live = {own: name for name, own in live.items()}
         missing = [name for name in adapter.deltas if name not in live]
         if missing:
@@ -110,9 +111,11 @@ class LiveModel:
                 )
                 continue
             for path, leaf in self._owners(live[name]):
-                # Where the fine-tune has untied what the base ties, each alias has an entry of its own.
+                # Where the fine-tune has untied what the base ties, an alias with an entry of its own has that, and a
+                # head that comes whole is not the table.
                 alias = of_live.get(f"{path}.{leaf}", name)
-                if alias == name or alias not in adapter.parameters:
+                untied = isinstance(parameter, Tensor) and live[name] != self._aliases[live[name]][0]
+                if alias == name or not (alias in adapter.parameters or (untied and tied.get(alias) != name)):
                     owned.setdefault(path, {})[leaf] = parameter
                     places.append((name, path, leaf))
         live = {name: live[name] for name in adapter.deltas}
@@ -120,6 +123,16 @@ class LiveModel:
         if known:
             self._last = key, places, live
         return owned, live
+
+    def _aliases_of_piece(self, name: str) -> tuple[str, ...]:
+        """A piece's names: one in each of the stacks that are tied."""
+        path, _, leaf = name.rpartition(".")
+        piece = Piece.named(leaf)
+        if piece is None:
+            return (name,)
+        stack = f"{path}.{piece.parameter}" if path else piece.parameter
+        places = (alias.rpartition(".") for alias in self._aliases.get(stack, (stack,)))
+        return tuple(f"{path}{dot}{replace(piece, parameter=parameter)}" for path, dot, parameter in places)
 
     def _check_servable(self, live: Mapping[str, str]) -> None:
         """Refuse a base with parameters that no delta can be added to at run time; at every load, as it may have been

@@ -60,6 +60,7 @@ _MAIN_INPUTS = (
     "input_ids",
     "inputs_embeds",
     "pixel_values",
+    "pixel_values_videos",
     "input_features",
     "input_values",
     "decoder_input_ids",  # last: generate() may get one prompt for all rows

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from .bank import Bank, VectorTable
 from .batch import BatchRoute, LeasedRoute, leave_batch, main_input, tokens_a_row
 from .characteristic import characteristic_of
 from .checkpoint import Checkpoint
-from .errors import CheckpointError, DTSError
+from .errors import AdapterFormatError, BaseMismatchError, CheckpointError, DTSError, RoutingError
 from .hub import push_adapter
 from .mixture import check_weights, select, similarity_weights
 from .nn import DTSModule
@@ -34,6 +35,8 @@ from .wrapping import Wrapping
 DEFAULT_ADAPTER = "default"
 
 _MOST_BASE_ROUTES = 64  # batch sizes
+# Settings of a model that a fine-tune may change, while the base that it is served from keeps its own.
+_OF_THE_BASE = ("tie_word_embeddings", "vocab_size")
 
 
 class DTSModel(nn.Module):
@@ -83,6 +86,11 @@ class DTSModel(nn.Module):
         self.slots = SlotTable(max_adapters)
         self.adapter_configs: dict[str, Mapping[str, object]] = {}
         self._sources: dict[str, _Source] = {}
+        for module in model.modules():  # RWKV divides its weights once it is called, and would not divide adapters
+            if getattr(module, "layers_are_rescaled", None) is False:
+                module.config.rescale_every = 0
+            elif getattr(module, "layers_are_rescaled", None):
+                raise DTSError(f"{type(module).__name__} has rescaled its weights; pass it as it was loaded, uncalled.")
         # Before anything is wrapped: the checkpoint's names are those of the bare model.
         self._live = LiveModel(model)
         self._arenas = Arenas(max_adapters, max_rank, max_bytes)
@@ -107,6 +115,13 @@ class DTSModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        constructed = "_hooks" in self.__dict__  # the last that a new one gets
+        if constructed and name not in self.__dict__ and not name.startswith("_") and name not in ("model", "training"):
+            setattr(self.model, name, value)  # generation_config, config: what is read there
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(
@@ -137,7 +152,7 @@ class DTSModel(nn.Module):
             AdapterFormatError, BaseMismatchError: see `load_adapter`.
             CheckpointError: the base cannot be read.
         """
-        source = _Source.of(locate_adapter(adapter))
+        source = _Source.of(locate_adapter(adapter), verify_base)
         loaded = load_adapter(source.folder, mapped=True)
         if not isinstance(base_model, nn.Module):
             base_model = _load_base(base_model, loaded.config["model_config"], model_kwargs)
@@ -175,7 +190,7 @@ class DTSModel(nn.Module):
         """
         if not (replace and adapter_name in self.slots.names):
             self.slots.check_new(adapter_name)
-        source = _Source.of(locate_adapter(adapter))
+        source = _Source.of(locate_adapter(adapter), verify_base)
         loaded = load_adapter(source.folder, mapped=True)
         self._attach(loaded, adapter_name, source, verify_base=verify_base, replace=replace)
 
@@ -332,6 +347,8 @@ class DTSModel(nn.Module):
         """
         main = main_input((*args, kwargs.get("inputs")), kwargs)
         with self._routed(adapter_names, main, expandable=True):
+            if (current := current_route()) is not None:
+                self._refuse_uneven_images(main, kwargs, current)
             return self._apart.generate(self.model.generate, args, kwargs, self.model)
 
     def compile(self, *args: object, **kwargs: object) -> None:
@@ -362,12 +379,10 @@ class DTSModel(nn.Module):
         finally:
             self.slots.end_lease(leased.values())
         layers = [wrapper.bare_layer() for wrapper in self._wrappers.values()]
-        for layer, parameters in zip(layers, merged, strict=True):
-            for own, value in parameters.items():
-                tensor_of(layer, own).data = value
         for path in list(self._wrappers):
             self._live.put(path, self._wrappers.pop(path).base_layer)
         self.model = self._live.root
+        _write_merged(self.model, layers, merged)
         for name in self.slots.names:
             self.slots.release(name)
         self.adapter_configs.clear()
@@ -466,6 +481,11 @@ class DTSModel(nn.Module):
         names = self.slots.active if adapter_names is None else check_names(adapter_names)
         if names == BASE:
             return self._base_route(expandable, main)
+        if expandable and main is not None and not isinstance(names, str) and len(names) != main.shape[0]:
+            raise RoutingError(
+                f"{len(names)} adapter names for {main.shape[0]} prompts; expected one name for each prompt, or a "
+                "single name for all. (Beams and return sequences get the name of their prompt.)"
+            )
         slots = self._lease([names] if isinstance(names, str) else names)
         try:
             lease = Lease(self.slots, slots, self._live.device)
@@ -516,12 +536,47 @@ class DTSModel(nn.Module):
             main = main_input(args, kwargs)
             if main is None:
                 return
-            names = current.names_for(main.shape[0])
+            names = current.names_for(main.shape[0], in_model=True)
             tokens = tokens_a_row(args, kwargs, main.shape[0])
+            self._refuse_uneven_images(main, kwargs, current)
         if not own:
             slots = self._lease([names] if isinstance(names, str) else names)
             lease = Lease(self.slots, slots, self._live.device)
         BatchRoute(names, module, lease, tokens, ends=not own).__enter__()
+
+    def _refuse_uneven_images(self, main: Tensor | None, kwargs: Mapping[str, object], current: route) -> None:
+        """Images come without rows: which of them is whose a layer knows only where each row has as many.
+
+        Raises:
+            RoutingError: adapters of a mixed batch change layers that see images, of which rows have different numbers.
+        """
+        names, config = current.adapter_names, getattr(self.model, "config", None)
+        if isinstance(names, str) or len(set(names)) == 1 or not isinstance(main, Tensor) or main.is_floating_point():
+            return
+        given = [
+            name for name in ("pixel_values", "pixel_values_videos", "image_embeds") if kwargs.get(name) is not None
+        ]
+        tokens = [getattr(config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
+        tokens = [token for token in tokens if isinstance(token, int)]
+        if (
+            not given
+            or not tokens
+            or len(torch.isin(main, torch.tensor(tokens, device=main.device)).sum(1).unique()) == 1
+        ):
+            return
+        parts = [getattr(self.model, name, None) for name in ("get_decoder", "get_output_embeddings")]
+        of_text = {id(part()) for part in parts if part is not None}
+        inside = tuple(path for path, m in self._live.modules.items() if path and id(m) in of_text)
+        slots = {self.slots.slot(name) for name in names}
+        for path, wrapper in self._wrappers.items():
+            if any(path == of_it or path.startswith(of_it + ".") for of_it in inside):
+                continue
+            if any(wrapper.changes(slot, name) for slot in slots for name in wrapper.base_names()):
+                raise RoutingError(
+                    f"rows of this batch have different numbers of images, and its adapters change {path}, which gets "
+                    "images without their rows. Run these adapters in separate batches, or compress without that part "
+                    "(--exclude)."
+                )
 
     def _load_again(self, name: str, keep: Iterable[str]) -> None:
         """Load an adapter that was evicted."""
@@ -535,9 +590,13 @@ class DTSModel(nn.Module):
             return self._sources.get(name) is source and name not in self.slots.resident
 
         if wanted():
-            unchanged = source == _Source.of(source.folder)
-            adapter = load_adapter(source.folder, verify_checksum=not unchanged, mapped=True)
-            self._attach(adapter, name, source, verify_base=False, replace=True, keep=keep, wanted=wanted)
+            now = _Source.of(source.folder, source.verify_base)
+            try:
+                adapter = load_adapter(source.folder, verify_checksum=now != source, mapped=True)
+                checks = source.verify_base and now != source  # it may be another adapter by now
+                self._attach(adapter, name, now, verify_base=checks, replace=True, keep=keep, wanted=wanted)
+            except (AdapterFormatError, BaseMismatchError) as error:
+                raise type(error)(f"adapter {name!r} was evicted, and cannot be loaded again: {error}") from error
 
     def _attach(
         self,
@@ -588,12 +647,36 @@ class _Source:
 
     folder: Path
     stamp: tuple[int, int]
+    verify_base: bool = field(compare=False)
 
     @classmethod
-    def of(cls, folder: Path) -> _Source:
+    def of(cls, folder: Path, verify_base: bool) -> _Source:
         file = folder / WEIGHTS_NAME
         status = file.stat() if file.is_file() else None
-        return cls(folder.resolve(), (status.st_mtime_ns, status.st_size) if status else (0, 0))
+        return cls(folder.resolve(), (status.st_mtime_ns, status.st_size) if status else (0, 0), verify_base)
+
+
+def _write_merged(model: nn.Module, layers: Sequence[nn.Module], merged: Sequence[Mapping[str, Tensor]]) -> None:
+    """Put merged parameters into bare layers. A parameter that layers share stays shared where it is to be the same in
+    all of them; otherwise each gets its own."""
+    uses = Counter(id(t) for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
+    values: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
+    for layer, parameters in zip(layers, merged, strict=True):
+        for name, value in parameters.items():
+            values.setdefault(id(tensor_of(layer, name)), []).append((layer, name, value))
+    for shared, places in values.items():
+        first = places[0][2]
+        if len(places) == uses[shared] and all(value is first or torch.equal(value, first) for *_, value in places):
+            tensor_of(*places[0][:2]).data = first
+            continue
+        for layer, name, value in places:
+            path, _, leaf = name.rpartition(".")
+            module, old = layer.get_submodule(path), tensor_of(layer, name)
+            own = nn.Parameter(value, old.requires_grad) if leaf in module._parameters else value
+            setattr(module, leaf, own)
+        for config in {id(c): c for c in (m.config for m in model.modules() if hasattr(m, "config"))}.values():
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
 
 
 def _load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:
@@ -606,7 +689,8 @@ def _load_base(base_model: str | Path, changed: Mapping[str, object], model_kwar
         ) from error
     checkpoint = Checkpoint.open(base_model)
     # A base that ties its head stays tied: an untied head of the fine-tune comes whole with the adapter.
-    settings = {**checkpoint.config, **{k: v for k, v in changed.items() if k != "tie_word_embeddings"}}
+    # Nor has it more tokens than it has: a table that the fine-tune has resized comes whole, too.
+    settings = {**checkpoint.config, **{k: v for k, v in changed.items() if k not in _OF_THE_BASE}}
     if not checkpoint.config:
         raise CheckpointError(f"{base_model}: expected a config.json beside the weights, found none.")
     architecture = (settings.get("architectures") or [None])[0]

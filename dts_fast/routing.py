@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,8 +32,8 @@ class Lease:
 
 class _Routes(threading.local):
     """One stack per thread, so that threads serve different batches through the same model. (A thread-local rather
-    than a context variable because torch.compile can trace the former; tasks of one event loop share it, so a route
-    must not span an ``await``.)"""
+    than a context variable because torch.compile can trace the former; what tasks of one event loop have entered is
+    told apart by `route.task`.)"""
 
     def __init__(self) -> None:
         self.stack: list[route] = []
@@ -50,7 +51,7 @@ class route:  # noqa: N801 (used like a function)
     Args:
         adapter_names: one name for all rows, or one name for each row of the input (its first dimension);
             ``"__base__"`` is the base alone.
-        expandable: generate() may put several neighbouring rows (beams, return sequences) for each name.
+        expandable: generate() may call its model with several neighbouring rows (beams) for each name.
         flattened: numbers of tokens a row, for models that flatten them before their linear layers: a matrix
             ``[B * T, features]`` counts as B rows of T neighbouring entries each, B being the number of names and T
             one of these.
@@ -65,6 +66,8 @@ class route:  # noqa: N801 (used like a function)
 
     # Whether a model has found as many rows in its own input as there are names.
     of_model = False
+    # The task of an event loop that has entered it, which others that run meanwhile are not to see.
+    task: asyncio.Task | None = None
 
     def __init__(
         self,
@@ -90,20 +93,25 @@ class route:  # noqa: N801 (used like a function)
 
     def __enter__(self) -> route:
         ROUTES.base_only = False  # first: an interrupt must not leave it true
+        if not _is_dynamo_compiling() and asyncio._get_running_loop() is not None:
+            self.task = asyncio.current_task()
         ROUTES.stack.append(self)
-        ROUTES.base_only = self.base_only
+        ROUTES.base_only = _is_base_only(ROUTES.stack)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # What was entered within and not left (an interrupt between a model's hooks) goes too.
+        # What was entered within and not left (an interrupt between a model's hooks) goes too; not what other tasks
+        # have entered meanwhile.
         stack = ROUTES.stack
         if not any(entered is self for entered in stack):
             return  # it went with one that was entered before
         ROUTES.base_only = False
-        popped = [stack.pop()]
-        while popped[-1] is not self:
-            popped.append(stack.pop())
-        ROUTES.base_only = bool(stack) and stack[-1].base_only
+        popped, others = [], []
+        while not popped or popped[-1] is not self:
+            entered = stack.pop()
+            (popped if entered.task is self.task else others).append(entered)
+        stack.extend(reversed(others))
+        ROUTES.base_only = _is_base_only(stack)
         if len(popped) == 1:
             self.left()
             return
@@ -114,19 +122,22 @@ class route:  # noqa: N801 (used like a function)
     def left(self) -> None:
         """Called once, when it is no longer in force, also where that comes without its own `__exit__`."""
 
-    def names_for(self, rows: int) -> str | tuple[str, ...]:
+    def names_for(self, rows: int, *, in_model: bool = False) -> str | tuple[str, ...]:
         """One name for each of ``rows`` rows, or one for all.
+
+        Args:
+            in_model: the rows are a model's own input, in which generate() has put its beams.
 
         Raises:
             RoutingError: the route names another number of rows.
-            MixedBatchError: so it does for a layer within a model whose own input fits.
+            MixedBatchError: so it does for a layer within a model (or generate()) whose own input fits.
         """
         names = self.adapter_names
         if isinstance(names, str) or rows == len(names):
             return names
-        if self.expandable and rows % len(names) == 0:
+        if self.expandable and in_model and rows % len(names) == 0:
             return tuple(name for name in names for _ in range(rows // len(names)))
-        if self.of_model:
+        if self.of_model or self.expandable:
             raise MixedBatchError(
                 f"a layer is given {rows} rows in a batch of {len(names)}, so that it cannot be told which of them use "
                 "which adapter. Run these adapters in separate batches, or compress without that layer (--exclude)."
@@ -145,17 +156,26 @@ def check_names(adapter_names: str | Sequence[str]) -> str | tuple[str, ...]:
     """
     if isinstance(adapter_names, str):
         return adapter_names
-    names = tuple(adapter_names)
+    # Not a set, say, whose order is none.
+    names = tuple(adapter_names) if isinstance(adapter_names, Sequence) else ()
     if not names or not all(isinstance(name, str) for name in names):
         raise RoutingError(
-            f"adapter_names must be one name or a non-empty list with one name for each row, got {names!r}."
+            f"adapter_names must be one name or a non-empty list with one name for each row, got {adapter_names!r}."
         )
     return names
 
 
 def current_route() -> route | None:
-    """The innermost route of this thread."""
-    return ROUTES.stack[-1] if ROUTES.stack else None
+    """The innermost route of this thread, or of its current task."""
+    stack = ROUTES.stack
+    if not stack or stack[-1].task is None:
+        return stack[-1] if stack else None
+    task = asyncio.current_task() if asyncio._get_running_loop() is not None else None
+    return next((entered for entered in reversed(stack) if entered.task is None or entered.task is task), None)
+
+
+def _is_base_only(stack: Sequence[route]) -> bool:
+    return bool(stack) and stack[-1].task is None and stack[-1].base_only
 
 
 def all_base() -> bool:
@@ -184,7 +204,7 @@ def current_slots(table: SlotTable, shape: Sequence[int], *, traceable: bool = F
         if table.routed_with_grad and torch._C._current_graph_task_id() != -1:
             raise RoutingError(
                 "a DTS layer runs again during backward, outside the route that its forward pass had. Turn gradient "
-                "checkpointing off, or use set_adapter() in place of a route."
+                "checkpointing off."
             )
         return table.slot(table.active)
     slot_of = table.slot

@@ -51,6 +51,7 @@ class Wrapping:
             prepack = self.prepack and not self.live.is_tied(path) and not whole
             layer = self.live.modules[path]
             wrapper = wrap(layer, self.slots, path, parameters, arenas=arenas.get(path), prepack=prepack)
+            wrapper.is_root = not path
             made[path] = wrapper
             if not (whole or wrapper.has_fast_path(parameters)) and wrapper.batch_first:
                 slow.setdefault(type(self.live.modules[path]).__name__, []).append(path)

@@ -153,8 +153,8 @@ class Model:
         return {"sequences": sequences, **{name: value(x, steps) for name, value in self.output.items()}}
 
 
-def run(apart, model, names, **kwargs):
-    x = torch.arange(2 * len(names)).view(len(names), 2)
+def run(apart, model, names, width=2, **kwargs):
+    x = torch.arange(width * len(names)).view(len(names), width)
     with route(names):
         return apart.generate(model, (x,), {"pad_token_id": 7, **kwargs}, model)
 
@@ -222,7 +222,7 @@ def test_arguments_that_may_not_be_of_rows_are_refused(more):
 def test_what_was_refused_is_not_tried_again_until_adapters_change():
     apart, model = Apart(), Model()
     with pytest.warns(UserWarning, match="rows unknown"):
-        run(apart, model, ["a", "b"])
+        run(apart, model, ["a", "b"], width=3)
     assert model.tried == [("a", "b"), "a", "b"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -233,7 +233,7 @@ def test_what_was_refused_is_not_tried_again_until_adapters_change():
     assert model.tried[6:] == ["b", "a"]
     apart.forget("a")
     with pytest.warns(UserWarning, match="rows unknown"):
-        run(apart, model, ["a", "b"])
+        run(apart, model, ["a", "b"], width=3)
     assert model.tried[8:] == [("a", "b"), "a", "b"]
 
 
@@ -241,7 +241,7 @@ def test_what_was_refused_is_not_tried_again_until_adapters_change():
 def test_what_one_call_alone_refuses_is_tried_again():
     apart, model = Apart(), Model(lasting=False)
     for _ in range(2):
-        run(apart, model, ["a", "b"])
+        run(apart, model, ["a", "b"], width=3)
     assert model.tried == [("a", "b"), "a", "b"] * 2
 
 
@@ -263,3 +263,57 @@ def test_the_token_that_fills_sequences():
     assert _pad_token(Holder(), {"pad_token_id": 0}) == 0
     assert _pad_token(Holder(), {"generation_config": Config(), "eos_token_id": 3}) == 3
     assert _pad_token(object(), {}) is None
+
+
+def xlnet():
+    config = transformers.XLNetConfig(vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=40)
+    return transformers.XLNetForSequenceClassification(config)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:no fast path", "ignore:a batch of these adapters")
+def test_models_that_put_time_first_inside(tmp_path):
+    """As many tokens as rows: layers get matrices that look like any other's."""
+    model, dense = adapters(tmp_path, xlnet)
+    for length in (4, 6, 4):
+        ids = torch.randint(3, 99, (4, length))
+        logits = model(input_ids=ids, adapter_names=NAMES, use_mems=False).logits
+        expected = torch.stack([dense[name](input_ids=ids).logits[row] for row, name in enumerate(NAMES)])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+class Failing(Model):
+    """A model that cannot do with what it gets where rows differ."""
+
+    def __call__(self, x, **kwargs):
+        names = current_route().adapter_names
+        self.tried.append(names)
+        if not isinstance(names, str) or self.output:
+            raise IndexError("too many rows")
+        return x
+
+
+def test_what_fails_where_rows_differ_is_run_for_each_adapter():
+    with pytest.warns(UserWarning, match=r"it fails \(IndexError: too many rows\)"):
+        assert run(Apart(), Failing(), ["a", "b", "a"]).tolist() == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(IndexError, match="too many rows"):  # the call's own fault is told as it is
+        run(Apart(), Failing(fails=True), ["a", "b", "a"])
+
+
+def test_as_many_rows_as_tokens_are_tried_with_one_more_row_once():
+    model, apart = Square(), Apart()
+    for _ in range(2):
+        run(apart, model, ["a", "b"])
+    run(apart, model, ["a", "c"])
+    assert model.tried == [("a", "b", "a"), ("a", "b"), ("a", "b"), ("a", "c", "a"), ("a", "c")]
+    apart.forget("b")
+    run(apart, model, ["b", "c"])
+    assert model.tried[5:] == [("b", "c", "b"), ("b", "c")]
+
+
+class Square(Model):
+    """A model that mixes rows."""
+
+    def __call__(self, x, **kwargs):
+        self.tried.append(current_route().adapter_names)
+        return x

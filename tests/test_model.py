@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import warnings
 from dataclasses import dataclass
@@ -173,6 +174,9 @@ def test_bad_names_and_batches_are_refused(family):
         model(**family.inputs, adapter_names=["a", "b", "a"])
     with pytest.raises(DTSError, match="'a' is loaded already"):
         model.load_adapter(family.folder / "b", "a")
+    for names in ({"a", "b"}, {"a": 1}, 3, None, []):
+        with pytest.raises(RoutingError, match="one name or a non-empty list"):
+            route(names)
     assert torch.isfinite(model(**family.inputs).logits).all()
 
 
@@ -395,3 +399,57 @@ def test_memory_is_reported_by_adapter(family, prepack):
     assert after["base"] == report["base"]
     model.delete_adapter("b")
     assert model.memory_report()["adapters"].keys() == {"a", "both"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_generate_takes_one_name_for_each_prompt(family):
+    model, ids = family.model(), family.inputs["input_ids"][:4]
+    for names in (["a", "b"], ["a"], ["a", "b"] * 4):
+        with pytest.raises(RoutingError, match=f"{len(names)} adapter names for 4 prompts; expected one name"):
+            model.generate(ids, adapter_names=names, max_new_tokens=2)
+        with route(names), pytest.raises(RoutingError, match="for 4 prompts"):
+            model.generate(ids, max_new_tokens=2)
+    with pytest.raises(RoutingError, match="4 adapter names for 1 prompts"):
+        model.generate(ids[:1], adapter_names=["a", "b", "a", "b"], num_return_sequences=4, do_sample=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_what_is_set_is_the_models(family):
+    model, ids = family.model(), family.inputs["input_ids"][:2]
+    model.generation_config = transformers.GenerationConfig(max_new_tokens=2, pad_token_id=0)
+    assert model.model.generation_config is model.generation_config
+    assert model.generate(ids).shape[1] == ids.shape[1] + 2
+    model.note = "kept"
+    assert model.model.note == model.note == "kept"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_tasks_of_an_event_loop_have_routes_of_their_own(family):
+    model, ids = family.model(), family.inputs["input_ids"][:1]
+    expected = {name: model(ids, adapter_names=name).logits for name in ("a", "b", "__base__")}
+
+    async def serve(name: str, pause: float) -> torch.Tensor:
+        with route(name) if name != "__base__" else model.disable_adapter():
+            await asyncio.sleep(pause)
+            logits = model(ids).logits
+            await asyncio.sleep(2 * pause)
+            assert torch.equal(model(ids).logits, logits)
+            return logits
+
+    async def together() -> list[torch.Tensor]:
+        # They end in another order than they began in.
+        return await asyncio.gather(serve("a", 0.02), serve("b", 0.01), serve("__base__", 0.015))
+
+    for name, logits in zip(expected, asyncio.run(together()), strict=True):
+        assert torch.equal(logits, expected[name])
+    with route("b"):  # what is entered outside counts for tasks without one of their own
+        assert torch.equal(asyncio.run(as_task(lambda: model(ids).logits)), expected["b"])
+    model.set_adapter("a")
+    assert torch.equal(model(ids).logits, expected["a"])
+
+
+async def as_task(call):
+    return call()

@@ -307,7 +307,8 @@ def test_shared_modules_and_scalars(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("by_path", [True, False])
-def test_a_head_untied_by_the_fine_tune(tmp_path, by_path):
+@pytest.mark.parametrize("changed", ["all", "head", "embeddings", "skipped"])
+def test_a_head_untied_by_the_fine_tune(tmp_path, by_path, changed):
     def make(tied: bool):
         config = transformers.LlamaConfig(
             vocab_size=99, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
@@ -317,10 +318,14 @@ def test_a_head_untied_by_the_fine_tune(tmp_path, by_path):
 
     base, tuned = make(True), make(False)
     state = base.state_dict()
-    tuned.load_state_dict({n: t + 0.05 * torch.randn_like(t) for n, t in state.items()})
+    moved = {"head": ("lm_head",), "embeddings": ("embed_tokens",)}.get(changed, ("",))
+    tuned.load_state_dict(
+        {n: t + 0.05 * torch.randn_like(t) if any(part in n for part in moved) else t for n, t in state.items()}
+    )
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
-    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(density=0.3))
+    settings = {"embeddings": "skip"} if changed == "skipped" else {}
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(density=0.3, **settings))
     export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
     dense = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense").eval()
     model = DTSModel.from_pretrained(tmp_path / "base" if by_path else make_copy(base), tmp_path / "a", "a")
@@ -328,6 +333,32 @@ def test_a_head_untied_by_the_fine_tune(tmp_path, by_path):
     logits = model(ids, adapter_names=["a", "__base__"]).logits
     torch.testing.assert_close(logits[0], dense(ids).logits[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[1], base(ids).logits[1], rtol=1e-4, atol=1e-4)
+    merged = model.merge_and_unload("a")
+    torch.testing.assert_close(merged(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(again(ids).logits, merged(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("option", [{"whole": "lm_head|embed_tokens"}, {"exclude": "lm_head|embed_tokens"}], ids=str)
+def test_a_fine_tune_with_more_tokens_is_served_from_the_bases_path(tmp_path, option):
+    base = opt().eval()
+    base.save_pretrained(tmp_path / "base")
+    tuned = make_copy(base)
+    for parameter in tuned.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    tuned.resize_token_embeddings(105)
+    tuned.save_pretrained(tmp_path / "tuned")
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(density=0.3, **option))
+    model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")
+    ids = torch.randint(3, 99, (2, 5))
+    assert torch.equal(model(ids, adapter_names="__base__").logits, base(ids).logits)
+    if "whole" in option:
+        export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
+        expected = transformers.OPTForCausalLM.from_pretrained(tmp_path / "dense").eval()(ids).logits
+        assert expected.shape[-1] == 105
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def make_copy(model):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import embedding, linear
 
 from dts_fast import DTSEmbedding, DTSLinear, DTSModule, fit, fit_vector, route
-from dts_fast.errors import BaseMismatchError, DTSError, RoutingError, UnknownAdapterError
+from dts_fast.errors import BaseMismatchError, DTSError, MixedBatchError, RoutingError, UnknownAdapterError
 from dts_fast.nn import wrap
 from dts_fast.slots import SlotTable
 
@@ -511,16 +511,14 @@ def test_what_goes_past_python_does_not_get_the_bases_weight():
             wrapper.weight.data = torch.zeros(10, 12)
 
 
-def test_rows_of_a_route_that_stands_for_several_each():
+def test_only_a_models_own_input_may_have_several_rows_for_a_name():
     layer = DTSLinear(nn.Linear(12, 10))
-    whole = {name: torch.randn(10, 12) for name in "ab"}
-    for name, weight in whole.items():
-        layer.load_adapter(name, weight=weight)
-    x = torch.randn(4, 12)
-    with torch.no_grad(), route(["a", "b"], expandable=True):
-        y = layer(x)
-    expected = torch.stack([linear(row, whole["aabb"[i]], layer.base_layer.bias) for i, row in enumerate(x)])
-    torch.testing.assert_close(y, expected)
+    for name in "ab":
+        layer.load_adapter(name, weight=torch.randn(10, 12))
+    beams = route(["a", "b"], expandable=True)
+    assert beams.names_for(4, in_model=True) == ("a", "a", "b", "b")
+    with beams, pytest.raises(MixedBatchError, match="4 rows in a batch of 2"):
+        layer(torch.randn(4, 12))
 
 
 def test_experts_are_refused_in_mixed_batches_whatever_the_number_of_tokens():

@@ -15,7 +15,7 @@ from conftest import write_checkpoint
 from torch import nn
 
 from dts_fast import DTSConfig, DTSModel, bank, compress, route
-from dts_fast.errors import AdapterFormatError, CapacityError, DTSError, UnknownAdapterError
+from dts_fast.errors import AdapterFormatError, BaseMismatchError, CapacityError, DTSError, UnknownAdapterError
 
 model_module = importlib.import_module("dts_fast.model")
 NAMES = ["a", "b", "c", "d"]
@@ -102,6 +102,30 @@ def test_the_least_recently_used_is_evicted_and_loaded_again_when_used(folder, e
     assert model.adapter_names == ["a", "b", "d"]
     with pytest.raises(UnknownAdapterError, match="unknown adapter 'c'; loaded: 'a', 'b', 'd'"):
         model(IDS, adapter_names="c")
+
+
+def test_files_that_became_another_adapter_are_checked_when_they_are_loaded_again(folder, expected, tmp_path):
+    other = {n: torch.randn_like(p) for n, p in Net().state_dict().items()}
+    write_checkpoint(tmp_path / "other", other)
+    write_checkpoint(tmp_path / "tuned", {n: p + 0.2 * torch.randn_like(p) for n, p in other.items()})
+    compress(tmp_path / "other", tmp_path / "tuned", tmp_path / "of another", DTSConfig(rank=7))
+    for verify in (True, False):
+        model = make_model(folder, max_adapters=1, eviction="lru")
+        shutil.copytree(folder / "a", tmp_path / "x", dirs_exist_ok=True)
+        model.load_adapter(tmp_path / "x", "x", verify_base=verify)
+        model.load_adapter(folder / "b", "b")
+        shutil.copytree(folder / "c", tmp_path / "x", dirs_exist_ok=True)  # a new version
+        check(model, expected | {"x": expected["c"]}, "x", "b")
+        shutil.copytree(tmp_path / "of another", tmp_path / "x", dirs_exist_ok=True)
+        if verify:
+            with pytest.raises(BaseMismatchError, match="'x' was evicted, and cannot be loaded again: this is not the base"):
+                model(IDS, adapter_names="x")
+        else:
+            model(IDS, adapter_names="x")
+        check(model, expected, "b")
+    shutil.rmtree(tmp_path / "x")
+    with pytest.raises(AdapterFormatError, match="'x' was evicted, and cannot be loaded again"):
+        model(IDS, adapter_names="x")
 
 
 def test_pinned_adapters_stay(folder, expected):

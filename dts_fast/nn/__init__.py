@@ -49,7 +49,9 @@ __all__ = [
 
 # Tables that are looked up with [query, key] distances: their input has no batch dimension, whatever its size. Nor has
 # that of parametrizations (weight_norm), which make a layer's weight.
-_RELATIVE_POSITIONS = ("relative_attention_bias", "relative_position_bias", "rel_embeddings")
+_RELATIVE_POSITIONS = (
+    "relative_attention_bias", "relative_position_bias", "rel_embeddings", "distance_embedding", "pe_k",
+)  # fmt: skip
 
 # Layers of experts, in the field's usual names: experts.0.up_proj, experts.expert_0.wi.
 _OF_EXPERTS = re.compile(r"(^|\.)experts?[._]")
@@ -73,7 +75,8 @@ def wrap(
         prepack: `DTSLinear`'s, where the layer allows it.
     """
     arena = (arenas or {}).get("weight")
-    if path.endswith(_RELATIVE_POSITIONS) or ".parametrizations." in f".{path}.":
+    time_first = isinstance(layer, nn.RNNBase) and not layer.batch_first
+    if path.endswith(_RELATIVE_POSITIONS) or ".parametrizations." in f".{path}." or time_first:
         wrapper = DTSModule(layer, slots=slots)
         wrapper.batch_first = False
     elif type(layer) is nn.Embedding:

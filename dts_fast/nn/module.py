@@ -10,12 +10,13 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _global_forward_hooks as OF_ALL
 from torch.nn.modules.module import _global_forward_pre_hooks as OF_ALL_BEFORE
+from torch.utils import _pytree as pytree
 
 from ..codes import Delta, LowRankDelta, owned
 from ..errors import BaseMismatchError, DTSError, MixedBatchError, NeverMixedError
 from ..mixture import mix
 from ..pieces import Piece
-from ..routing import ROUTES, Slots, all_base, current_slots, narrowed
+from ..routing import ROUTES, Slots, all_base, current_route, current_slots, narrowed
 from ..slots import SlotTable
 from .parameters import ReadParameter, named_tensors, personal_method, run_with, tensor_of, tensors_kept
 from .rows import batch_shape, map_rows, merge_rows
@@ -54,6 +55,8 @@ class DTSModule(nn.Module):
         self.batch_first = True
         # Whether it is given rows that were gathered from anywhere in a batch (experts).
         self.gathers = False
+        # Whether it is the model itself.
+        self.is_root = False
         # slot -> parameter name -> delta, or the tensor that stands in the parameter's place
         self.stored: dict[int, dict[str, Parameter]] = {}
 
@@ -87,6 +90,10 @@ class DTSModule(nn.Module):
         return handle
 
     def __setattr__(self, name: str, value: object) -> None:
+        layer = self.__dict__.get("_modules", {}).get("base_layer")
+        if layer is not None and name in vars(layer) and name not in self.__dict__ and is_state(value, layer, name):
+            setattr(layer, name, value)
+            return
         super().__setattr__(name, value)
         if name in ("base_layer", "forward", "_compiled_call_impl"):
             self._look_for_hooks()
@@ -304,17 +311,24 @@ class DTSModule(nn.Module):
     def forward(self, *args, **kwargs):
         if all_base():
             return self._base(*args, **kwargs)
-        # A table of positions has no rows: what matters is only whether all rows of the batch agree.
-        shape = batch_shape(args, kwargs) if self.batch_first else torch.Size([1])
-        slots = current_slots(self.slots, shape)
+        shape = batch_shape(args, kwargs) if self.batch_first else None
+        # Ids without a batch dimension are positions, in classes of embeddings that do something of their own.
+        rowless = shape is None or (isinstance(self.base_layer, nn.Embedding) and len(shape) == 1)
+        # What has no rows asks only whether all rows of the batch agree.
+        slots = current_slots(self.slots, (1,) if rowless else shape)
         if isinstance(slots, int):
             return self._forward_one(slots, args, kwargs)
         self.refuse_gathered(slots)
-        if not self.batch_first:
+        if rowless:
             raise NeverMixedError(
-                f"a {type(self.base_layer).__name__} whose input has no rows for the batch (a table of relative "
-                "positions, a parametrized weight) cannot differ from row to row; run these adapters in separate "
-                "batches, or compress without it (--exclude)."
+                f"a {type(self.base_layer).__name__} whose input has no rows for the batch (positions, a table of "
+                "relative positions, a parametrized weight) cannot differ from row to row; run these adapters in "
+                "separate batches, or compress without it (--exclude)."
+            )
+        if self.is_root and any(map(self.runs_alone, slots)):
+            raise NeverMixedError(
+                f"{type(self.base_layer).__name__} has parameters of its own that differ within this batch, and what "
+                "it returns may be of the whole batch."
             )
         return self.forward_mixed(slots, shape, args, kwargs)
 
@@ -346,7 +360,10 @@ class DTSModule(nn.Module):
         """Forward where rows differ; one slot for each row of the batch."""
         rows, batch = shape[0], len(slots)
         if rows == 1:
-            # An input shared by all rows (position ids, say) becomes one for each where their adapters differ.
+            if not any(self.changes(slot, name) for slot in set(slots) for name in self.base_names()):
+                return self._base(*args, **kwargs)
+            refuse_shared_numbers(self.base_layer, batch, args, kwargs)
+            # What all rows share (positions, say) becomes one for each where their adapters differ.
             args, kwargs = map_rows(lambda t: t.expand(batch, *t.shape[1:]), 1, args, kwargs)
             rows = batch
         groups: dict[object, list[int]] = {}
@@ -394,6 +411,29 @@ class DTSModule(nn.Module):
         if not self.runs_alone(slot):
             return self.forward_fast(slot, *args, **kwargs)
         return run_with(self.base_layer, self.dense_parameters(slot), args, kwargs)
+
+
+def is_state(value: object, layer: nn.Module, name: str) -> bool:
+    """Whether a value that a model sets on a layer is a state that it keeps there."""
+    return isinstance(value, Tensor) or isinstance(vars(layer)[name], Tensor)
+
+
+def refuse_shared_numbers(layer: nn.Module, batch: int, args, kwargs) -> None:
+    """Within a model ids in one row may be those of all rows; numbers in one row are another thing (a table, one of the
+    batch's images), of which it cannot be told whose it is.
+
+    Raises:
+        MixedBatchError: that is so.
+    """
+    current = current_route()
+    if not (current.of_model or current.expandable):
+        return
+    first = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() > 0)
+    if first.is_floating_point():
+        raise MixedBatchError(
+            f"a {type(layer).__name__} is given one row in a batch of {batch}, so that it cannot be told whose it is. "
+            "Run these adapters in separate batches, or compress without that layer (--exclude)."
+        )
 
 
 def is_changed(name: str, held: Collection[str]) -> bool:

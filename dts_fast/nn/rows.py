@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import MixedBatchError, RoutingError
+from ..errors import MixedBatchError
 from ..routing import Slots
 
 
@@ -17,11 +17,12 @@ def for_each(slots: Slots, input: Tensor) -> Tensor:
     return input
 
 
-def batch_shape(args, kwargs) -> torch.Size:
+def batch_shape(args, kwargs) -> torch.Size | None:
+    """The shape of the first tensor among a layer's arguments; None where a layer is given none."""
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape
-    raise RoutingError("a DTS layer was called without any tensor that has a batch dimension.")
+    return None
 
 
 def map_rows(function, rows: int, args, kwargs, least_dim: int = 1):
@@ -39,8 +40,7 @@ def merge_rows(results: list, members: list[list[int]]):
     one behind the other (a router, which flattens tokens).
 
     Raises:
-        RoutingError: outputs that differ in more than their rows.
-        MixedBatchError: outputs that have none.
+        MixedBatchError: outputs that differ in more than their rows, or have none.
     """
     order = torch.tensor([row for part in members for row in part]).argsort()
 
@@ -48,7 +48,7 @@ def merge_rows(results: list, members: list[list[int]]):
         if not isinstance(leaves[0], Tensor):
             return leaves[0]
         if len({leaf.shape[1:] for leaf in leaves}) > 1:
-            raise RoutingError(
+            raise MixedBatchError(
                 f"the adapters of this batch give outputs of different shapes, {[list(t.shape[1:]) for t in leaves]} "
                 "a row (heads of different sizes); run them in separate batches."
             )
@@ -56,7 +56,8 @@ def merge_rows(results: list, members: list[list[int]]):
             leaves = [leaf.expand(len(part), *leaf.shape[1:]) for leaf, part in zip(leaves, members, strict=True)]
         sizes = {leaf.shape[0] / len(part) if leaf.dim() else 0.0 for leaf, part in zip(leaves, members, strict=True)}
         entries = int(min(sizes))
-        if sizes != {entries} or entries == 0:
+        # A vector of several elements for each row may be a layer's bias that it returns.
+        if sizes != {entries} or entries == 0 or (leaves[0].dim() == 1 and entries > 1):
             raise MixedBatchError(
                 f"a layer gives outputs of shapes {[list(leaf.shape) for leaf in leaves]} for "
                 f"{[len(part) for part in members]} rows: it cannot be told which part of them is whose. Run these "
