@@ -81,7 +81,7 @@ inline void check_bias(const at::Tensor& x, const std::optional<at::Tensor>& bia
 
 inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   expect(weight.dim() == 2, "weight", "[N, K]", weight);
-  expect(weight.scalar_type() == x.scalar_type(), "weight", "dtype of x, " + dtype_text(x.scalar_type()), weight);
+  expect(weight.scalar_type() == x.scalar_type(), "weight", "dtype of x, " + dtype_text(x.scalar_type()) + " (or convert x)", weight);
   const int64_t n = weight.size(0), k = weight.size(1);
   expect(x.dim() == 2 && x.size(1) == k, "x", "[M, " + std::to_string(k) + "] for weight " + shape_text(weight.sizes()),
          x);
@@ -105,7 +105,7 @@ inline void check_add_delta(const at::Tensor& y, const at::Tensor& x) {
   expect(x.dim() == 2, "x", "[M, K]", x);
   expect(y.dim() == 2 && y.size(0) == x.size(0), "y",
          "[" + std::to_string(x.size(0)) + ", N] for x " + shape_text(x.sizes()), y);
-  expect(y.scalar_type() == x.scalar_type(), "y", "dtype of x, " + dtype_text(x.scalar_type()), y);
+  expect(y.scalar_type() == x.scalar_type(), "y", "dtype of x, " + dtype_text(x.scalar_type()) + " (or convert x)", y);
   expect(y.device() == x.device(), "y", "device " + x.device().str() + " like x", y);
 }
 

@@ -37,7 +37,7 @@ def check_target(target: Path, *, overwrite: bool, marker: str) -> None:
     try:
         os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     except OSError as error:
-        raise DTSError(f"{parent} is not writable ({error}). Choose another --out-path.") from error
+        raise DTSError(f"{parent} is not writable ({error}). Choose another directory.") from error
 
 
 @contextmanager

@@ -367,9 +367,9 @@ def pair_tensors(
         )
     if shapes:
         raise CheckpointError(
-            f"{len(shapes)} tensors of {model.source} differ in shape from the base {base.source}: "
-            f"{_listing(shapes)}. Expected equal shapes; store such tensors whole with --whole REGEX, or leave them "
-            "out with --exclude REGEX."
+            f"{len(shapes)} tensors of {model.source} differ in shape from the base {base.source}. Expected a "
+            "fine-tune of this base; store tensors that it has resized whole with --whole REGEX, or leave them out "
+            f"with --exclude REGEX. They are {_listing(shapes, limit=3)}."
         )
     for name, twin in _tied_pairs(base, model, pairs):
         del pairs[name]

@@ -15,6 +15,10 @@ import click
 # Everything that loads torch is imported within the commands: `dts-fast --help` answers at once.
 from .version import __version__
 
+# Norm of all deltas over the base's, from which on two checkpoints look unrelated; such have 1.4, fine-tunes up to some
+# tenths.
+_FAR = 1.0
+
 
 class Share(click.ParamType):
     """A share such as ``1%`` or ``0.01``."""
@@ -108,7 +112,16 @@ def compress(base_model, model, out_path, overwrite, **settings) -> None:
 
     with _progress() as progress:
         report = run(base_model, model, out_path, DTSConfig(**settings), overwrite=overwrite, progress=progress)
-    click.echo(f"{report.path}: {report.nbytes:,} bytes, {report.share:.3%} of the base's {report.base_nbytes:,}")
+    click.echo(
+        f"{report.path}: {report.nbytes:,} bytes, {report.share:.3%} of the base's {report.base_nbytes:,}; relative "
+        f"error of the deltas {report.error:.3f}"
+    )
+    if report.distance > _FAR:
+        click.echo(
+            f"warning: the fine-tune is {report.distance:.2f} times the base's own norm away from it, as unrelated "
+            "weights are. Is it a fine-tune of this base?",
+            err=True,
+        )
     for reason, names in _by_reason(report.skipped).items():
         _remark(f"  not in it ({reason}): {len(names)} tensors, e.g. {names[0]}")
 

@@ -17,10 +17,11 @@ from .checkpoint import Checkpoint
 from .codes import CodedMatrix, LowRankDelta
 from .config import DTSConfig
 from .decompose import singular_values
+from .errors import DTSError
 from .fingerprint import take_fingerprint
 from .fit import checked, fit, fit_vector, relative_error
 from .journal import Journal
-from .lora import LoraCheckpoint, is_lora
+from .lora import open_fine_tune
 from .plan import Plan, assemble, choose_ranks, make_plan
 from .version import __version__
 
@@ -36,12 +37,17 @@ class CompressReport:
         nbytes: bytes of its files.
         base_nbytes: bytes of the base checkpoint's files.
         skipped: parameter to reason, for all that is not in the adapter.
+        error: relative Frobenius error over all deltas that were to be in it, those of rank 0 among them.
+        distance: norm of those deltas over that of the base's parameters. Fine-tunes are at some hundredths to tenths,
+            unrelated weights at 1.4.
     """
 
     path: Path
     nbytes: int
     base_nbytes: int
     skipped: Mapping[str, str]
+    error: float
+    distance: float
 
     @property
     def share(self) -> float:
@@ -71,10 +77,15 @@ def compress(
         DTSError: NaN or Inf in a delta, a budget too small, a target that exists or cannot be written.
     """
     config = config or DTSConfig()
+    if not isinstance(config, DTSConfig):
+        raise DTSError(f"config: expected a DTSConfig, got {type(config).__name__}.")
+    for name, path in (("base_model", base_model), ("model", model), ("out_path", out_path)):
+        if not isinstance(path, (str, Path)):
+            raise DTSError(f"{name}: expected a path or a hub id, got {type(path).__name__}.")
     out_path = Path(out_path)
     check_target(out_path, overwrite=overwrite, marker=CONFIG_NAME)
     base = Checkpoint.open(config.reference or base_model)
-    fine_tune = LoraCheckpoint.of(model, Checkpoint.open(base_model)) if is_lora(model) else Checkpoint.open(model)
+    fine_tune = open_fine_tune(model, base_model)
     base_nbytes = base.nbytes if config.reference is None else Checkpoint.open(base_model).nbytes
     plan = make_plan(base, fine_tune, config)
     described = _describe(config, base, base_model, base_nbytes, fine_tune, plan.tied)
@@ -100,7 +111,7 @@ def compress(
         fingerprint = take_fingerprint(base.get, [n for n, p in parameters.items() if not isinstance(p, Tensor)])
         adapter, card = assemble(out_path.name, described, parameters, errors, fingerprint)
         save_adapter(out_path, adapter, card, overwrite=overwrite)
-    return CompressReport(out_path, directory_size(out_path), base_nbytes, skipped)
+    return CompressReport(out_path, directory_size(out_path), base_nbytes, skipped, *work.measured())
 
 
 class _Work:
@@ -110,6 +121,16 @@ class _Work:
         self, base: Checkpoint, fine_tune: Checkpoint, plan: Plan, config: DTSConfig, journal: Journal
     ) -> None:
         self.base, self.fine_tune, self.plan, self.config, self.journal = base, fine_tune, plan, config, journal
+        self._squares = torch.zeros(3, dtype=torch.float64)  # of deltas, of what is lost of them, of the base
+
+    def measured(self) -> tuple[float, float]:
+        """Relative error over all deltas fitted so far, and their norm over the base's."""
+        delta, lost, base = self._squares.tolist()
+        return (lost / delta if delta else 0.0) ** 0.5, (delta / base if base else 0.0) ** 0.5
+
+    def _measure(self, name: str, delta: Tensor, error: float) -> Tensor:
+        square = float(delta.double().square().sum())
+        return torch.tensor([square, error**2 * square, float(self.base.get(name).double().square().sum())])
 
     def delta(self, name: str) -> Tensor:
         """Fine-tune minus base, float32 (float64 where either is float64), on the device where it is fitted."""
@@ -138,21 +159,27 @@ class _Work:
             u, v = (CodedMatrix(known[f"{f}_codes"], known[f"{f}_levels"], n)
                     for f, n in zip("uv", self.plan.matrices[name], strict=True))  # fmt: skip
             if u.rank == rank:
+                self._squares += known["squares"]
                 return LowRankDelta(u, known["s"], v, self.plan.shapes[name]), float(known["error"])
         delta = self.delta(name)
         if not bool((delta != 0).any()):  # NaN differs from 0: it is refused below, not skipped
             return "unchanged"
         if name in self.plan.vectors:
             vector = fit_vector(delta, name=name)
-            return vector, round(relative_error(delta, vector), 4)
+            error = round(relative_error(delta, vector), 4)
+            self._squares += self._measure(name, delta, error)
+            return vector, error
         if rank == 0:
             checked(delta, name)  # NaN and Inf are refused in these as well
+            self._squares += self._measure(name, delta, 1.0)
             return "rank 0"
         low_rank = fit(delta, rank, method=self.config.method, name=name)
         error = round(relative_error(delta, low_rank), 4)
         u, v = low_rank.u, low_rank.v
         parts = {"u_codes": u.codes, "u_levels": u.levels, "v_codes": v.codes, "v_levels": v.levels, "s": low_rank.s}
-        self.journal.put("fit", name, parts | {"error": torch.tensor(error, dtype=torch.float64)})
+        squares = self._measure(name, delta, error)
+        self._squares += squares
+        self.journal.put("fit", name, parts | {"error": torch.tensor(error, dtype=torch.float64), "squares": squares})
         return low_rank, error
 
 

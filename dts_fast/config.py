@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 
@@ -39,6 +40,10 @@ class DTSConfig:
             `select`: a vector file or a description, see `characteristic.read_characteristic`.
         encoder: sentence encoder for a description.
         device: where deltas are fitted.
+
+    Raises:
+        DTSError: more than one of the four, a value out of range or of another type, an unknown method or choice, what
+            is no regular expression, a device that is not there.
     """
 
     budget: float | None = None
@@ -67,14 +72,16 @@ class DTSConfig:
                 object.__setattr__(self, name, str(getattr(self, name)))  # a Path is welcome, and JSON knows none
         for name in ("budget", "density", "energy"):
             value = getattr(self, name)
+            if value is not None and not isinstance(value, Real):
+                raise DTSError(f"{name} must be a number (1 % is 0.01), got {value!r}.")
             if value is not None and not 0 < value <= 1:
                 raise DTSError(f"{name} must lie above 0 and up to 1 (1 % is 0.01), got {value}.")
         if self.encoder is not None and self.characteristic is None:
             raise DTSError("encoder is given without a characteristic for it to encode. Give both, or neither.")
-        if self.rank is not None and self.rank < 0:
-            raise DTSError(f"rank must not be negative, got {self.rank}.")
-        if self.rank_multiple < 0:
-            raise DTSError(f"rank_multiple must not be negative, got {self.rank_multiple}.")
+        for name in ("rank", "rank_multiple"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Integral) or value < 0):
+                raise DTSError(f"{name} must be an integer, not negative, got {value!r}.")
         if self.method not in METHODS:
             raise DTSError(f"unknown method {self.method!r}; known: {', '.join(sorted(METHODS))}.")
         for name in ("include", "exclude", "whole"):

@@ -263,6 +263,8 @@ def fit(
     Raises:
         DTSError: NaN or Inf in ``delta``, no matrix structure, a rank, density or method out of range.
     """
+    if not isinstance(delta, Tensor):
+        raise DTSError(f"{name}: fit() takes a torch.Tensor, got {type(delta).__name__}; torch.as_tensor makes one.")
     as_matrix = matrix_shape(tuple(delta.shape))
     if as_matrix is None or not delta.is_floating_point():
         raise DTSError(

@@ -45,7 +45,9 @@ def fuse(
     names = [str(adapter) for adapter in adapters]
     check_target(Path(out_path), overwrite=overwrite, marker=CONFIG_NAME)
     if (weights is None) == (characteristic is None):
-        raise DTSError("fuse() takes exactly one of weights and characteristic.")
+        raise DTSError(
+            "a mixture takes either weights (--weights, one for each adapter) or a characteristic (--characteristic)."
+        )
     if weights is not None:
         weights = check_weights(names, weights)
     loaded = {name: load_adapter(name) for name in names}

@@ -193,6 +193,15 @@ def is_lora(source: str | Path) -> bool:
         return False
 
 
+def open_fine_tune(model: str | Path, base_model: str | Path) -> Checkpoint:
+    """A fine-tune's checkpoint, or what a PEFT LoRA of a base makes of that.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no LoRA of this base.
+    """
+    return LoraCheckpoint.of(model, Checkpoint.open(base_model)) if is_lora(model) else Checkpoint.open(model)
+
+
 @dataclass(frozen=True)
 class LoraCheckpoint(Checkpoint):
     """A base with a PEFT LoRA merged into it, one tensor at a time and in float32: what `compress` takes as the

@@ -7,6 +7,7 @@ nearest adapter.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -78,11 +79,11 @@ def check_weights(members: Sequence[str], weights: Sequence[float]) -> list[floa
         DTSError: anything else.
     """
     weights = [float(weight) for weight in weights]
-    if not members or len(members) != len(weights) or len(set(members)) != len(members):
-        raise DTSError(
-            f"a mixture takes one weight for each of one or more different adapters, got {len(weights)} weights for "
-            f"{', '.join(members) or 'none'}."
-        )
+    if not members or len(members) != len(weights):
+        raise DTSError(f"a mixture takes one weight for each adapter, got {len(weights)} for {len(members)} adapters.")
+    twice = [member for member, count in Counter(members).items() if count > 1]
+    if twice:
+        raise DTSError(f"a mixture takes each adapter once, and {twice[0]} is given more often; add up its weights.")
     if not all(map(math.isfinite, weights)):
         raise DTSError(f"the weights of a mixture must be finite, got {weights}.")
     return weights

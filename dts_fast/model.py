@@ -72,6 +72,10 @@ class DTSModel(nn.Module):
         prepack: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise DTSError(
+                f"DTSModel takes a loaded model, got {model!r}. From a path: DTSModel.from_pretrained(base, adapter)."
+            )
         if prepack and no_kernels() is not None:
             raise DTSError(f"prepack: {no_kernels()}. Leave prepack off.")
         of_another = any(isinstance(getattr(h, "__self__", None), DTSModel) for h in model._forward_pre_hooks.values())
@@ -612,7 +616,7 @@ class DTSModel(nn.Module):
         owned, live = self._live.owners(adapter)
         for path, parameters in owned.items():
             own = self._wrappers.get(path) or DTSModule(self._live.modules[path], slots=self.slots)
-            own.check_parameters(parameters)
+            own.check_parameters(parameters, path)
         if verify_base:
             self._live.check_base(adapter, live)
 

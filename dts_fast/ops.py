@@ -136,7 +136,7 @@ def embedding_delta(
 
 def _check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids) -> None:
     _expect(weight.dim() == 2, "weight", "[N, K]", weight)
-    _expect(weight.dtype == x.dtype, "weight", f"dtype of x, {x.dtype}", weight)
+    _expect(weight.dtype == x.dtype, "weight", f"dtype of x, {x.dtype} (or convert x)", weight)
     _expect(weight.device == x.device, "weight", f"device {x.device} like x", weight)
     n, k = weight.shape
     _expect(x.dim() == 2 and x.shape[1] == k, "x", f"[M, {k}] for weight {list(weight.shape)}", x)
@@ -168,7 +168,7 @@ def _check_packed_linear(x, weight, bias, out_features, pages, slot_pages, slot_
 def _check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, transpose) -> None:
     _expect(x.dim() == 2, "x", "[M, K]", x)
     _expect(y.dim() == 2 and y.shape[0] == x.shape[0], "y", f"[{x.shape[0]}, N] for x {list(x.shape)}", y)
-    _expect(y.dtype == x.dtype, "y", f"dtype of x, {x.dtype}", y)
+    _expect(y.dtype == x.dtype, "y", f"dtype of x, {x.dtype} (or convert x)", y)
     _expect(y.device == x.device, "y", f"device {x.device} like x", y)
     n, k = (x.shape[1], y.shape[1]) if transpose else (y.shape[1], x.shape[1])
     _check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids)

@@ -128,9 +128,9 @@ class Residency:
             needed = (names | set(self.table.pinned)) - {BASE}
             if len(needed) > self.table.capacity:
                 raise CapacityError(
-                    f"the call uses {len(names - {BASE})} adapters, with {len(needed)} to be in memory at a time "
-                    f"(pinned ones among them), in {self.table.capacity} slots. Divide the batch, or construct with a "
-                    "larger max_adapters."
+                    f"the call uses {len(names - {BASE})} adapters, which with those that are pinned makes "
+                    f"{len(needed)} at a time; there are {self.table.capacity} slots. Divide the batch, or "
+                    "construct with a larger max_adapters."
                 )
             for name in names - {BASE} - set(self.table.resident):
                 load_again(name, names)

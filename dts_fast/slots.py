@@ -92,6 +92,8 @@ class SlotTable:
         Raises:
             UnknownAdapterError: the message lists the names there are.
         """
+        if not isinstance(name, str):
+            raise UnknownAdapterError(f"an adapter's name is a string, got {name!r}; rows get theirs by adapter_names.")
         if name != BASE and name not in self._slots:
             known = ", ".join(map(repr, list(self._slots))) or "none"
             raise UnknownAdapterError(f"unknown adapter {name!r}; loaded: {known}, and {BASE!r}.")

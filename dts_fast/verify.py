@@ -14,6 +14,7 @@ from .codes import is_matrix
 from .errors import AdapterFormatError, CheckpointError
 from .export import check_base
 from .fit import relative_error
+from .lora import open_fine_tune
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def verify(path: str | Path, base_model: str | Path, model: str | Path) -> Verif
     Args:
         path: adapter directory.
         base_model: the base (or the reference) the adapter is added to.
-        model: the fine-tune.
+        model: the fine-tune; also the directory of a PEFT LoRA of the base.
 
     Raises:
         AdapterFormatError, CheckpointError: an input cannot be read, or the fine-tune lacks tensors.
@@ -125,7 +126,8 @@ def verify(path: str | Path, base_model: str | Path, model: str | Path) -> Verif
     adapter = load_adapter(path)
     if None in adapter.config["errors"]:
         raise AdapterFormatError(f"{path} is a mixture of adapters: there is no fine-tune to compare it with.")
-    base, fine_tune = Checkpoint.open(base_model), Checkpoint.open(model)
+    base = Checkpoint.open(base_model)
+    fine_tune = open_fine_tune(model, base_model)
     check_base(adapter, base)
     strip, add = common_prefix(fine_tune.tensors, base.tensors)
     theirs = {add + name.removeprefix(strip): name for name in fine_tune.tensors}

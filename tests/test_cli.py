@@ -45,6 +45,30 @@ def test_compress_inspect_verify_export(tmp_path, checkpoints, adapter):
     assert load_file(dense / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
 
 
+def test_what_looks_like_no_fine_tune_is_told(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    tensors = load_file(base / "model.safetensors")
+    other = {n: torch.randn_like(t) if t.is_floating_point() else t for n, t in tensors.items()}
+    other = write_checkpoint(tmp_path / "other", other)
+    for model, far in ((tuned, False), (other, True)):
+        arguments = [
+            "-q",
+            "compress",
+            "--base-model",
+            base,
+            "--model",
+            model,
+            "--out-path",
+            tmp_path / "x",
+            "--rank",
+            2,
+        ]
+        result = CliRunner().invoke(main, [*map(str, arguments), "--overwrite"])
+        assert result.exit_code == 0
+        assert "relative error of the deltas 0." in result.stdout
+        assert ("Is it a fine-tune of this base?" in result.stderr) == far
+
+
 @pytest.mark.parametrize("text", ["25%", "0.25"])
 def test_budgets_are_shares(tmp_path, checkpoints, text):
     base, tuned = checkpoints

@@ -233,7 +233,7 @@ def test_checkpoints_that_do_not_belong_together_write_nothing(tmp_path, checkpo
         ({"budget": 0.1, "rank": 3}, "one of budget, density, rank and energy"),
         ({"budget": 1.5}, "budget must lie"),
         ({"density": 0.0}, "density must lie"),
-        ({"rank": -2}, "not be negative"),
+        ({"rank": -2}, "not negative"),
         ({"method": "magic"}, "known: "),
         ({"embeddings": "some"}, "embeddings must be one of"),
         ({"encoder": "some"}, "without a characteristic"),
@@ -399,3 +399,54 @@ def test_runs_for_one_target_at_a_time_leave_one_whole_adapter(tmp_path, checkpo
     assert all(run.returncode == 0 or "error: " in error for run, error in zip(runs, errors, strict=True))
     assert len(load_adapter(tmp_path / "a").parameters) == 7
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith((".a", "a"))) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": {"budget": 0.01}}, "config: expected a DTSConfig, got dict"),
+        ({"model": None}, "model: expected a path or a hub id, got NoneType"),
+        ({"base_model": torch.nn.Linear(2, 2)}, "base_model: expected a path or a hub id, got Linear"),
+    ],
+    ids=["config", "none", "module"],
+)
+def test_arguments_of_another_type_are_refused(tmp_path, checkpoints, arguments, message):
+    given = dict(zip(("base_model", "model"), checkpoints, strict=True)) | {"config": DTSConfig(rank=2)} | arguments
+    with pytest.raises(DTSError, match=message):
+        compress(out_path=tmp_path / "a", **given)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": "1%"}, r"budget must be a number \(1 % is 0.01\), got '1%'"),
+        ({"rank": "4"}, "rank must be an integer, not negative, got '4'"),
+        ({"rank": 4.0}, "rank must be an integer, not negative, got 4.0"),
+        ({"rank": -1}, "rank must be an integer, not negative, got -1"),
+        ({"rank_multiple": 1.5}, "rank_multiple must be an integer"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_are_refused(settings, message):
+    with pytest.raises(DTSError, match=message):
+        DTSConfig(**settings)
+
+
+def test_the_report_tells_the_error_and_how_far_the_fine_tune_is(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    report = compress(base, tuned, tmp_path / "a", DTSConfig(rank=2))
+    measured = verify(tmp_path / "a", base, tuned)
+    # Recorded errors have four decimals.
+    assert report.error == pytest.approx(measured.total_error, abs=2e-4)
+    before, after = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
+    floats = [name for name, t in before.items() if t.is_floating_point()]
+    squares = [(float((after[n] - before[n]).square().sum()), float(before[n].square().sum())) for n in floats]
+    expected = (sum(delta for delta, _ in squares) / sum(own for _, own in squares)) ** 0.5
+    assert report.distance == pytest.approx(expected, rel=1e-5)
+    other = write_checkpoint(
+        tmp_path / "other", {n: torch.randn_like(t) if n in floats else t for n, t in before.items()}
+    )
+    assert compress(base, other, tmp_path / "b", DTSConfig(rank=2)).distance > 1
+    nothing = compress(base, base, tmp_path / "c", DTSConfig(rank=2))
+    assert (nothing.error, nothing.distance) == (0.0, 0.0)

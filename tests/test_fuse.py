@@ -103,7 +103,7 @@ def test_the_command_line(tmp_path, members):
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [([1.0], "one weight for each"), ([0.0, 0.0], "the base itself"), (None, "exactly one of weights and char")],
+    [([1.0], "one weight for each"), ([0.0, 0.0], "the base itself"), (None, "either weights")],
 )
 def test_weights_that_do_not_fit(tmp_path, members, weights, message):
     _, a, b = members

@@ -34,8 +34,8 @@ ALLOWED = {
     "adapter_file": {"atomic", "checkpoint", "codes", "errors"},
     "plan": {"adapter_file", "card", "checkpoint", "codes", "config", "fingerprint", "rank"},
     "compress": {
-        "adapter_file", "atomic", "characteristic", "checkpoint", "codes", "config", "decompose", "fingerprint", "fit",
-        "journal", "lora", "plan", "version",
+        "adapter_file", "atomic", "characteristic", "checkpoint", "codes", "config", "decompose", "errors",
+        "fingerprint", "fit", "journal", "lora", "plan", "version",
     },
     "fuse": {
         "adapter_file", "atomic", "card", "characteristic", "errors", "fingerprint", "mixture", "version",
@@ -45,7 +45,7 @@ ALLOWED = {
     "pieces": set(),
     "renaming": {"checkpoint", "nn.parameters", "pieces"},
     "lora": {"adapter_file", "atomic", "checkpoint", "codes", "errors", "export", "renaming"},
-    "verify": {"adapter_file", "checkpoint", "codes", "errors", "export", "fit"},
+    "verify": {"adapter_file", "checkpoint", "codes", "errors", "export", "fit", "lora"},
     "reference": {"codes"},
     "packing": set(),
     "triton.configs": set(),

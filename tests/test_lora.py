@@ -14,6 +14,7 @@ from dts_fast import DTSConfig, DTSModel, compress, load_adapter
 from dts_fast.checkpoint import Checkpoint
 from dts_fast.errors import CheckpointError, DTSError
 from dts_fast.lora import LoraCheckpoint, export_lora, is_lora
+from dts_fast.verify import verify
 
 peft = pytest.importorskip("peft")
 
@@ -231,6 +232,7 @@ def test_a_lora_is_compressed(tmp_path):
         exact = merged[name] - base.get_parameter(name)
         error = (adapter.parameters[name].dequantize() - exact).norm() / exact.norm()
         assert error < 0.6  # two bits an element; three components, coded four times over
+    assert verify(tmp_path / "dts", tmp_path / "base.safetensors", tmp_path / "lora").matches
     again = json.loads((tmp_path / "dts" / "adapter_config.json").read_text())
     assert again["base_model_name_or_path"] == str(tmp_path / "base.safetensors")
 

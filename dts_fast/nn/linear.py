@@ -52,6 +52,11 @@ class DTSLinear(BankedModule):
         prepack: bool = False,
         slots: SlotTable | None = None,
     ) -> None:
+        if isinstance(base_layer, nn.Embedding):
+            raise DTSError("DTSLinear: an Embedding looks rows up; DTSEmbedding serves it.")
+        weight = getattr(base_layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype == torch.float64:
+            raise DTSError("DTSLinear: the layer is float64; expected float32, float16 or bfloat16. Convert it first.")
         # Conv1D of transformers keeps its weight as [in, out]; known by name, because this file imports no models.
         self_transposed = type(base_layer).__name__ == "Conv1D"
         if self_transposed:
@@ -59,7 +64,6 @@ class DTSLinear(BankedModule):
         elif has_features(base_layer):  # the weight of a quantised layer may have any shape
             n, k = base_layer.out_features, base_layer.in_features
         else:
-            weight = getattr(base_layer, "weight", None)
             if not isinstance(weight, Tensor) or weight.dim() != 2:
                 shape = list(weight.shape) if isinstance(weight, Tensor) else None
                 raise DTSError(

@@ -150,13 +150,16 @@ class DTSModule(nn.Module):
                 raise
             self.slots.occupy(name, slot)
 
-    def check_parameters(self, parameters: Mapping[str, Parameter]) -> None:
+    def check_parameters(self, parameters: Mapping[str, Parameter], path: str = "") -> None:
         """Refuse deltas that do not fit this layer.
+
+        Args:
+            path: the layer's in its model, for the message.
 
         Raises:
             BaseMismatchError: an unknown parameter name, or another shape than the base's.
         """
-        kind = type(self.base_layer).__name__
+        kind = f"{path} ({type(self.base_layer).__name__})" if path else type(self.base_layer).__name__
         for name, parameter in parameters.items():
             shape = self.base_shape(name)
             if shape is None:
