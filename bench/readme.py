@@ -62,6 +62,18 @@ def demo() -> str:
     return "\n".join([*lines, "```"])
 
 
+def kept() -> str:
+    """What adapters of each size keep in the demo, at least."""
+    variants = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))["variants"]
+    budgets = variants[0]["adapters"]
+    least = {budget: min(v["adapters"][budget]["gain_kept"] for v in variants) for budget in budgets}
+    shares = ", ".join(f"{share:.0%} at {budget}" for budget, share in least.items())
+    return (
+        "How much of a fine-tune an adapter keeps depends on its size: in the [demo](#what-an-adapter-keeps) at least "
+        f"{shares} of the base's bytes."
+    )
+
+
 def fidelity() -> str:
     """KL of the refined method and of the exact SVD over the paper's, at equal bytes."""
     lines = (RESULTS / "fidelity.jsonl").read_text(encoding="utf-8").splitlines()
@@ -124,6 +136,7 @@ _CANDIDATES = {
 }
 
 
+_OVERHEADS_OF = "Llama-3.1-8B"
 # Processors that the layers were timed on.
 _OPS = {"Emerald Rapids": "ops.jsonl", "Zen 4": "ops_zen4.jsonl"}
 
@@ -138,18 +151,21 @@ def overheads() -> str:
         sizes = sorted({row["m"] for row in mine})
         if not out:
             out = ["| rows of a batch |" + "".join(f" {m} |" for m in sizes), "|---" * (len(sizes) + 1) + "|"]
-        for model in ("Llama-3.1-8B", "Qwen2.5-0.5B"):
-            for candidate in ("DTSLinear", "DTSLinear, prepacked", "PEFT LoRA, equal rank"):
-                cells = []
-                for m in sizes:
-                    at = [r["ratio"] for r in mine if (r["model"], r["candidate"], r["m"]) == (model, candidate, m)]
-                    cells.append(f"{geometric_mean(at):.2f}")
-                label = f"**{candidate}**" if candidate.startswith("DTS") else candidate
-                out.append(f"| {cpu}, {model}: {label} | " + " | ".join(cells) + " |")
+        for candidate in (
+            "DTSLinear", "DTSLinear, prepacked", "PEFT LoRA, equal rank", "prepacked oneDNN, base alone",
+        ):  # fmt: skip
+            cells = []
+            for m in sizes:
+                of_m = [r for r in mine if (r["model"], r["candidate"], r["m"]) == (_OVERHEADS_OF, candidate, m)]
+                cells.append(f"{geometric_mean(r['ratio'] for r in of_m):.2f}")
+            label = f"**{candidate}**" if candidate.startswith("DTS") else candidate
+            out.append(f"| {cpu}: {label} | " + " | ".join(cells) + " |")
     out += [
         "",
-        "bfloat16, an adapter at 1 % of the base, geometric mean over the model's linear layers; *prepacked* keeps the "
-        f"base's weight in the kernels' order (`prepack=True`). ({'. '.join(measured)})",
+        f"Linear layers of {_OVERHEADS_OF} in bfloat16, an adapter at 1 % of the base, geometric mean over the layers. "
+        "*Prepacked* keeps the base's weight in the kernels' order (`prepack=True`); the last row of each processor is "
+        "what oneDNN makes of such a weight without any adapter. Other models, dtypes and mixed batches: "
+        f"[docs/measurements.md](docs/measurements.md). ({'. '.join(measured)})",
     ]
     return "\n".join(out)
 
@@ -210,6 +226,43 @@ def pairs() -> str:
         "",
         "The same layers, one after the other on one machine, with `DTS_FAST_CPU_ISA=avx512` for the second: time over "
         f"that of `F.linear`. ({hardware(head['header'])}; {files})",
+    ]
+    return "\n".join(out)
+
+
+def model_in_short() -> str:
+    """A few lines of `model`."""
+    head, rows = _read("model.jsonl")
+    shapes, columns = "Qwen2.5-0.5B", ("base", "linear layers", "all parameters", "PEFT LoRA, equal rank")
+    mine = [row for row in rows if row["question"] == "decode" and row["model"] == shapes]
+    out = ["| rows of the batch |" + "".join(f" {name} |" for name in columns), "|---" * (len(columns) + 1) + "|"]
+    for composition, adapters, batch, label in (
+        ("base", 1, 8, "8, none with an adapter"),
+        ("identical", 1, 1, "1, one adapter"),
+        ("identical", 1, 8, "8, one adapter"),
+        ("distinct", 8, 8, "8, an adapter each"),
+        ("distinct", 64, 64, "64, an adapter each"),
+    ):
+        at = {
+            r["candidate"]: r
+            for r in mine
+            if (r["composition"], r["adapters"], r["batch"]) == (composition, adapters, batch)
+        }
+        cells = [f"{at[n]['tokens_per_s']:.1f} ({1 / at[n]['ratio']:.2f})" if n in at else "" for n in columns]
+        out.append(f"| {label} | " + " | ".join(cells) + " |")
+    own = next(r for r in rows if (r["question"], r["model"], r["scope"]) == ("memory", shapes, "all parameters"))
+    loads_head, loads = _read("model_loading.jsonl")
+    loaded = {r["kind"]: r["ms"] for r in loads if (r["model"], r["scope"]) == (shapes, "all parameters")}
+    swap = next(r["ms"] for r in loads if (r["model"], r["kind"]) == (shapes, "swap"))
+    out += [
+        "",
+        f"Tokens a second (in brackets: over the bare base's) of {shapes} in bfloat16, adapters at 1 % of every "
+        "matrix. *Linear layers*: adapters change those of the blocks, as the LoRAs do; *all parameters*: also "
+        f"embeddings, head, biases and norms. Such an adapter's file has {own['file_bytes'] / 1e6:.1f} MB; 64 of them in memory "
+        f"take {own['over_files']:.3f} times their files. One is loaded in {loaded['first']:.0f} ms, after an eviction "
+        f"in {loaded['again']:.0f} ms (a dense checkpoint is swapped in {swap:.0f} ms). ({hardware(head['header'])}; "
+        "[bench/results/model.jsonl](bench/results/model.jsonl); loads: commit "
+        f"{loads_head['header']['commit']}, [bench/results/model_loading.jsonl](bench/results/model_loading.jsonl))",
     ]
     return "\n".join(out)
 
@@ -368,12 +421,13 @@ def _read(name: str) -> tuple[dict, list[dict]]:
 
 
 BLOCKS = {
-    "README.md": {"overheads": overheads, "model": model, "demo": demo},
+    "README.md": {"overheads": overheads, "kept": kept, "model": model_in_short, "demo": demo},
     "docs/measurements.md": {
         "fidelity": fidelity,
         "ablation": ablation,
         **{f"ops, {cpu}": partial(ops, file) for cpu, file in _OPS.items()},
         "pairs": pairs,
+        "model": model,
         **{f"mixed, {cpu}": partial(mixed, file) for cpu, file in _OPS.items()},
     },
     "docs/kernels.md": {"floors": floors, "machine-code": machine_code},

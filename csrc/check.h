@@ -81,7 +81,8 @@ inline void check_bias(const at::Tensor& x, const std::optional<at::Tensor>& bia
 
 inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   expect(weight.dim() == 2, "weight", "[N, K]", weight);
-  expect(weight.scalar_type() == x.scalar_type(), "weight", "dtype of x, " + dtype_text(x.scalar_type()) + " (or convert x)", weight);
+  expect(weight.scalar_type() == x.scalar_type(), "weight",
+         "dtype of x, " + dtype_text(x.scalar_type()) + " (or convert x)", weight);
   const int64_t n = weight.size(0), k = weight.size(1);
   expect(x.dim() == 2 && x.size(1) == k, "x", "[M, " + std::to_string(k) + "] for weight " + shape_text(weight.sizes()),
          x);
