@@ -260,7 +260,8 @@ def model_in_short() -> str:
         "matrix. *Linear layers*: adapters change those of the blocks, as the LoRAs do; *all parameters*: also "
         f"embeddings, head, biases and norms. Such an adapter's file has {own['file_bytes'] / 1e6:.1f} MB; 64 of them "
         f"in memory take {own['over_files']:.3f} times their files. One is loaded in {loaded['first']:.0f} ms, after "
-        f"an eviction in {loaded['again']:.0f} ms (a dense checkpoint is swapped in {swap:.0f} ms). ({hardware(head['header'])}; "
+        f"an eviction in {loaded['again']:.0f} ms (a dense checkpoint is swapped in {swap:.0f} ms). "
+        f"({hardware(head['header'])}; "
         "[bench/results/model.jsonl](bench/results/model.jsonl); loads: commit "
         f"{loads_head['header']['commit']}, [bench/results/model_loading.jsonl](bench/results/model_loading.jsonl))",
     ]

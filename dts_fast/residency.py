@@ -80,7 +80,13 @@ class Residency:
                 wrapper.load_slot(slot, parameters)
             publish()
 
-        self._fill(name, write, fits, replace=replace, keep=keep, wanted=wanted)
+        def where() -> str:
+            """The first layer that has too little room for it alone."""
+            every = list(range(self.table.capacity))
+            tight = next((wrapper for wrapper, parameters in parts if not wrapper.fits(parameters, every)), None)
+            return next((path for path, wrapper in self.wrappers.items() if wrapper is tight), "some layer")
+
+        self._fill(name, write, fits, where=where, replace=replace, keep=keep, wanted=wanted)
 
     def mix(self, name: str, weights: Mapping[str, float], publish: Callable[[], None]) -> bool:
         """Load the weighted sum of resident adapters; it is pinned. Returns False where one of them was evicted.
@@ -141,6 +147,7 @@ class Residency:
         write: Callable[[int], None],
         fits: Callable[[list[int]], bool],
         *,
+        where: Callable[[], str] = lambda: "some layer",
         replace: bool = False,
         keep: Collection[str] = (),
         pinned: bool = False,
@@ -154,7 +161,7 @@ class Residency:
                     return
                 if not replace:
                     self.table.check_new(name)
-                slot = self._room(name, keep, fits)
+                slot = self._room(name, keep, fits, where)
                 if slot is not None:
                     done = False
                     try:
@@ -178,7 +185,9 @@ class Residency:
                 )
             self.table.wait_for_change(version)
 
-    def _room(self, name: str, keep: Collection[str], fits: Callable[[list[int]], bool]) -> int | None:
+    def _room(
+        self, name: str, keep: Collection[str], fits: Callable[[list[int]], bool], where: Callable[[], str]
+    ) -> int | None:
         """A reserved slot, for which others were evicted where that is needed and allowed; None if there will be one
         when running calls have ended.
 
@@ -197,7 +206,7 @@ class Residency:
             if table.free + len(slots) > 0 and fits(slots):
                 # What a call has taken since stays, and room is looked for again.
                 gone = all(table.evict(n, self.clear, pinned=n == name) for n in going)
-                return table.reserve() if gone else self._room(name, keep, fits)
+                return table.reserve() if gone else self._room(name, keep, fits, where)
         later = list(dict.fromkeys([*removable.values(), *own.values(), *table.retiring]))
         if table.free + len(later) > 0 and fits(later):
             return None
@@ -205,7 +214,7 @@ class Residency:
             return table.reserve()  # says what takes the slots
         if not fits(list(range(table.capacity))):
             raise CapacityError(
-                f"adapter {name!r} would not fit if it were alone: in some layer it takes more pages of 16 ranks than "
+                f"adapter {name!r} would not fit if it were alone: in {where()} it takes more pages of 16 ranks than "
                 "max_rank or max_bytes leaves one adapter. Construct with a larger one."
             )
         raise CapacityError(

@@ -1,4 +1,4 @@
-"""The tutorial runs as it stands, and the pages' code names things that are there."""
+"""The examples run as they stand, and the pages' code names things that are there."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ def test_the_tutorial_runs(capsys):
     printed = capsys.readouterr().out
     assert printed.endswith("done\n")
     assert "after a call with sql: ['chat', 'sql']" in printed
+
+
+def test_requests_of_many_users_get_their_own_answers(capsys):
+    runpy.run_path(str(ROOT / "examples" / "serving.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count(" as alone") == 6
+    assert "NOT" not in printed
+    assert "unknown adapter 'nobody'" in printed
 
 
 @pytest.mark.parametrize(
