@@ -193,7 +193,7 @@ def test_an_adapter_too_large_is_refused_and_evicts_nothing(folder, expected):
     for name in "abc":
         model.load_adapter(folder / name, name)
     before = contents(model)
-    with pytest.raises(CapacityError, match="'big' would not fit if it were alone: in (embed|first|second) it"):
+    with pytest.raises(CapacityError, match=r"'big' would not fit if it were alone: in (embed|first|second) it"):
         model.load_adapter(folder / "big", "big")
     assert contents(model) == before
     check(model, expected, "a", "b", "c")
