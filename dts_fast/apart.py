@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from .batch import main_input
+from .batch import CallRoute, main_input
 from .errors import DTSError, MixedBatchError, NeverMixedError, RoutingError
 from .nn.rows import map_rows
 from .nn.state import has_objects
-from .routing import current_route, route
+from .routing import current_route
 
 _CACHES = (
     "past_key_values", "cache", "cache_params", "past_buckets_states", "encoder_cache", "decoder_cache",
@@ -68,7 +69,9 @@ class Apart:
             MixedBatchError: the call cannot be divided either (a cache or labels are passed in, tensors whose first
                 dimension is not the batch), or what comes back is not of rows.
         """
-        return self._run(call, args, kwargs, main_input(args, kwargs), _merge, has_objects((args, kwargs)), level=6)
+        main, objects = main_input(args, kwargs), has_objects((args, kwargs))
+        compiled = getattr(call, "_compiled_call_impl", None) is not None
+        return self._run(call, args, kwargs, main, _merge, objects, compiled, {}, level=6)
 
     def generate(self, call: Callable, args: tuple, kwargs: dict, model: object):
         """``generate`` of a model within a route. Sequences of adapters that end before others are padded.
@@ -82,9 +85,22 @@ class Apart:
 
         objects = has_objects((args, {name: value for name, value in kwargs.items() if name != "generation_config"}))
         main = main_input((*args, kwargs.get("inputs")), kwargs)
-        return self._run(call, args, kwargs, main, merge, objects, level=5)
+        compiled = getattr(model, "_compiled_call_impl", None) is not None
+        briefly = {"stopping_criteria": [_after_one_step]}
+        return self._run(call, args, kwargs, main, merge, objects, compiled, briefly, level=5)
 
-    def _run(self, call: Callable, args, kwargs, main: Tensor | None, merge: Callable, objects: bool, level: int):
+    def _run(
+        self,
+        call: Callable,
+        args,
+        kwargs,
+        main: Tensor | None,
+        merge: Callable,
+        objects: bool,
+        compiled: bool,
+        briefly: Mapping[str, object],
+        level: int,
+    ):
         current = current_route()
         names = current.adapter_names
         if isinstance(names, str) or len(set(names)) == 1 or torch.compiler.is_compiling():
@@ -97,10 +113,9 @@ class Apart:
         if refusal is not None:
             return self._run_apart(call, args, kwargs, main, merge, refusal)
         failed: Exception | None = None
-        square = main.dim() in (2, 3) and main.shape[1] == main.shape[0]
         try:
-            if square and not key <= self._rows_first:
-                self._try_one_more_row(call, args, kwargs, main)
+            if not (key <= self._rows_first or compiled) and _is_square(args, kwargs, main.shape[0]):
+                self._try_one_more_row(call, args, {**kwargs, **briefly}, main)
             # Containers are copied: what a model writes to them is not for the call that comes after.
             given = map_rows(lambda t: t, main.shape[0], args, kwargs)
             result = call(*given[0], **given[1])
@@ -144,7 +159,8 @@ class Apart:
         devices = [main.device] if main.is_cuda else []
         with (
             torch.random.fork_rng(devices),  # what is drawn here is not to be missed later
-            route([*names, names[0]], expandable=current.expandable, lease=current.lease),
+            CallRoute([*names, names[0]], expandable=current.expandable, lease=current.lease),
+            torch.no_grad(),
         ):
             call(*given[0], **given[1])
 
@@ -157,12 +173,23 @@ class Apart:
         for name, of_name in members.items():
             index = torch.tensor(of_name)
             part = map_rows(lambda t, index=index: t[index.to(t.device)], rows, args, kwargs)
-            with route(name, lease=current.lease, rows=len(of_name)):
+            with CallRoute(name, lease=current.lease, rows=len(of_name)):
                 results.append(call(*part[0], **part[1]))
         try:
             return merge(results, list(members.values()))
         except DTSError as error:
             raise MixedBatchError(f"{refusal} (It was run once for each adapter, but: {error})") from error
+
+
+def _is_square(args, kwargs, rows: int) -> bool:
+    """Whether a call has as many rows as tokens, which may so be taken for each other."""
+    tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    return any(t.dim() in (2, 3) and t.shape[0] == t.shape[1] == rows for t in tensors)
+
+
+def _after_one_step(sequences: Tensor, scores: object, **kwargs: object) -> Tensor:
+    """A criterion of ``generate``: stop at once."""
+    return torch.ones(sequences.shape[0], dtype=torch.bool, device=sequences.device)
 
 
 def _can_divide(args: tuple, kwargs: Mapping[str, object], rows: int) -> bool:

@@ -34,6 +34,13 @@ class LiveModel:
     def __init__(self, model: nn.Module) -> None:
         self.root = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        # Some models keep layers in plain lists as well, and call them there.
+        self._in_lists: dict[int, list[tuple[list, int]]] = {}
+        for module in model.modules():
+            for value in vars(module).values():
+                for i, entry in enumerate(value if isinstance(value, list) else ()):
+                    if isinstance(entry, nn.Module):
+                        self._in_lists.setdefault(id(entry), []).append((value, i))
         first: dict[int, str] = {}
         self._first_path = {path: first.setdefault(id(module), path) for path, module in self.modules.items()}
         self._aliases = _aliases(model)
@@ -186,6 +193,8 @@ class LiveModel:
                 setattr(self.modules[parent], child, module)
             else:
                 self.root = module
+        for entries, i in self._in_lists.get(id(original), ()):
+            entries[i] = module
 
     def _owners(self, name: str) -> list[tuple[str, str]]:
         """Modules that use a parameter, with its name in each: several where weights are tied."""

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from .routing import Lease, current_route, route
 
 
-class LeasedRoute(route):
+class CallRoute(route):
+    """A route that one call makes and leaves again."""
+
+    of_call = True
+
+
+class LeasedRoute(CallRoute):
     """A route whose lease ends with it."""
 
     def left(self) -> None:

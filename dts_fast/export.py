@@ -43,6 +43,11 @@ def export_full(
         return base.get(name) if tensor is None else tensor
 
     added = {name: p for name, p in adapter.parameters.items() if name not in base.tensors}
+    if adapter.config["model_config"].get("tie_word_embeddings") is False:  # it expects what it had tied to be there
+        for name, twin in adapter.config["tied"].items():
+            if name not in base.tensors:
+                tensor = _personalised(adapter, base, twin) if twin in base.tensors else added[twin].clone()
+                added[name] = base.get(twin) if tensor is None else tensor
     write_like(base, out_path, tensor_of, added=added, config=adapter.config["model_config"], overwrite=overwrite)
     return changed + len(added)
 

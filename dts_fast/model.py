@@ -21,7 +21,7 @@ from .bank import Bank, VectorTable
 from .batch import BatchRoute, LeasedRoute, leave_batch, main_input, tokens_a_row
 from .characteristic import characteristic_of
 from .checkpoint import Checkpoint
-from .errors import AdapterFormatError, BaseMismatchError, CheckpointError, DTSError, RoutingError
+from .errors import AdapterFormatError, BaseMismatchError, CheckpointError, DTSError, NeverMixedError, RoutingError
 from .hub import push_adapter
 from .mixture import check_weights, select, similarity_weights
 from .nn import DTSModule
@@ -35,6 +35,11 @@ from .wrapping import Wrapping
 DEFAULT_ADAPTER = "default"
 
 _MOST_BASE_ROUTES = 64  # batch sizes
+# Arguments that come without rows, and what of them a prompt has placeholders for.
+_SEEN_OR_HEARD = ("pixel_values", "image_embeds", "input_features", "input_values")
+_KINDS = ("image", "video", "audio")
+# Models whose layers get [time, batch, features].
+_TIME_FIRST = ("xlnet", "fsmt")
 # Settings of a model that a fine-tune may change, while the base that it is served from keeps its own.
 _OF_THE_BASE = ("tie_word_embeddings", "vocab_size")
 
@@ -103,6 +108,7 @@ class DTSModel(nn.Module):
         self._attaching = 0  # loads under way
         self._base_routes: dict[tuple[bool, int | None, torch.device], LeasedRoute] = {}
         self._apart = Apart()
+        self._time_first = getattr(getattr(model, "config", None), "model_type", None) in _TIME_FIRST
         self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._has_file)
         # generate() calls an encoder by itself.
         encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
@@ -121,11 +127,24 @@ class DTSModel(nn.Module):
             return getattr(self.model, name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        constructed = "_hooks" in self.__dict__  # the last that a new one gets
-        if constructed and name not in self.__dict__ and not name.startswith("_") and name not in ("model", "training"):
+        if self._is_the_models(name):
             setattr(self.model, name, value)  # generation_config, config: what is read there
         else:
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_the_models(name):
+            delattr(self.model, name)
+        else:
+            super().__delattr__(name)
+
+    def _is_the_models(self, name: str) -> bool:
+        """Whether an attribute is to be found in the model and not here."""
+        own = self.__dict__
+        if name.startswith("_") or "_hooks" not in own:  # the last that a new one gets
+            return False
+        held = any(name in names for names in (own, own["_modules"], own["_parameters"], own["_buffers"]))
+        return not (held or hasattr(type(self), name))
 
     @classmethod
     def from_pretrained(
@@ -351,8 +370,8 @@ class DTSModel(nn.Module):
         """
         main = main_input((*args, kwargs.get("inputs")), kwargs)
         with self._routed(adapter_names, main, expandable=True):
-            if (current := current_route()) is not None:
-                self._refuse_uneven_images(main, kwargs, current)
+            if (current := current_route()) is not None and current.lease is not None:
+                self._refuse_uneven_images(main, kwargs, current.adapter_names, current.lease)
             return self._apart.generate(self.model.generate, args, kwargs, self.model)
 
     def compile(self, *args: object, **kwargs: object) -> None:
@@ -542,37 +561,44 @@ class DTSModel(nn.Module):
                 return
             names = current.names_for(main.shape[0], in_model=True)
             tokens = tokens_a_row(args, kwargs, main.shape[0])
-            self._refuse_uneven_images(main, kwargs, current)
+            if self._time_first and len(set(names)) > 1:
+                raise NeverMixedError(f"{type(self.model).__name__} puts time first inside, so that rows get mixed up.")
         if not own:
             slots = self._lease([names] if isinstance(names, str) else names)
             lease = Lease(self.slots, slots, self._live.device)
-        BatchRoute(names, module, lease, tokens, ends=not own).__enter__()
+        entered = BatchRoute(names, module, lease, tokens, ends=not own)
+        try:
+            if not isinstance(names, str):
+                self._refuse_uneven_images(main, kwargs, names, lease)
+        except BaseException:
+            entered.left()
+            raise
+        entered.__enter__()
 
-    def _refuse_uneven_images(self, main: Tensor | None, kwargs: Mapping[str, object], current: route) -> None:
-        """Images come without rows: which of them is whose a layer knows only where each row has as many.
+    def _refuse_uneven_images(
+        self, main: Tensor | None, kwargs: Mapping[str, object], names: str | Sequence[str], lease: Lease
+    ) -> None:
+        """Images, videos and sounds come without rows: which of them is whose a layer knows only where each row has as
+        many.
 
         Raises:
-            RoutingError: adapters of a mixed batch change layers that see images, of which rows have different numbers.
+            RoutingError: adapters of a mixed batch change layers that see them, of which rows have different numbers.
         """
-        names, config = current.adapter_names, getattr(self.model, "config", None)
         if isinstance(names, str) or len(set(names)) == 1 or not isinstance(main, Tensor) or main.is_floating_point():
             return
-        given = [
-            name for name in ("pixel_values", "pixel_values_videos", "image_embeds") if kwargs.get(name) is not None
-        ]
-        tokens = [getattr(config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
-        tokens = [token for token in tokens if isinstance(token, int)]
-        if (
-            not given
-            or not tokens
-            or len(torch.isin(main, torch.tensor(tokens, device=main.device)).sum(1).unique()) == 1
-        ):
+        config = getattr(self.model, "config", None)
+        given = [name for name, value in kwargs.items() if value is not None and name.startswith(_SEEN_OR_HEARD)]
+        tokens = {getattr(config, f"{kind}_token_{end}", None) for kind in _KINDS for end in ("id", "index")}
+        # Equal numbers of each kind: two images in one row are not a video in another.
+        if not given or all(len((main == t).sum(1).unique()) == 1 for t in tokens if isinstance(t, int)):
             return
         parts = [getattr(self.model, name, None) for name in ("get_decoder", "get_output_embeddings")]
-        of_text = {id(part()) for part in parts if part is not None}
+        of_text = {
+            id(getattr(module, "base_layer", module)) for part in parts if part and (module := part()) is not None
+        }
         inside = tuple(path for path, m in self._live.modules.items() if path and id(m) in of_text)
-        slots = {self.slots.slot(name) for name in names}
-        for path, wrapper in self._wrappers.items():
+        slots = {lease.slots[name] for name in names}
+        for path, wrapper in list(self._wrappers.items()):
             if any(path == of_it or path.startswith(of_it + ".") for of_it in inside):
                 continue
             if any(wrapper.changes(slot, name) for slot in slots for name in wrapper.base_names()):
@@ -678,9 +704,19 @@ def _write_merged(model: nn.Module, layers: Sequence[nn.Module], merged: Sequenc
             module, old = layer.get_submodule(path), tensor_of(layer, name)
             own = nn.Parameter(value, old.requires_grad) if leaf in module._parameters else value
             setattr(module, leaf, own)
-        for config in {id(c): c for c in (m.config for m in model.modules() if hasattr(m, "config"))}.values():
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False
+        _untie(model)
+
+
+def _untie(model: nn.Module) -> None:
+    """Let no parameters be shared any more, as a model's configuration knows only one switch for all of them."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+            module.config.tie_word_embeddings = False
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                module._parameters[leaf] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            seen.add(id(parameter))
 
 
 def _load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +33,8 @@ class Lease:
 
 class _Routes(threading.local):
     """One stack per thread, so that threads serve different batches through the same model. (A thread-local rather
-    than a context variable because torch.compile can trace the former; what tasks of one event loop have entered is
-    told apart by `route.task`.)"""
+    than a context variable alone because torch.compile can trace the former; of what tasks of one event loop have
+    entered, `_ENTERED` tells whose it is.)"""
 
     def __init__(self) -> None:
         self.stack: list[route] = []
@@ -43,6 +44,8 @@ class _Routes(threading.local):
 
 
 ROUTES = _Routes()
+# What the current task has entered, or those that have started it.
+_ENTERED: ContextVar[tuple[route, ...]] = ContextVar("dts_fast_routes", default=())
 
 
 class route:  # noqa: N801 (used like a function)
@@ -66,8 +69,10 @@ class route:  # noqa: N801 (used like a function)
 
     # Whether a model has found as many rows in its own input as there are names.
     of_model = False
-    # The task of an event loop that has entered it, which others that run meanwhile are not to see.
-    task: asyncio.Task | None = None
+    # Whether it is one call's, within which no other task can run.
+    of_call = False
+    # Whether it was entered in a task of an event loop: others that run meanwhile are not to see it.
+    in_task = False
 
     def __init__(
         self,
@@ -93,8 +98,10 @@ class route:  # noqa: N801 (used like a function)
 
     def __enter__(self) -> route:
         ROUTES.base_only = False  # first: an interrupt must not leave it true
-        if not _is_dynamo_compiling() and asyncio._get_running_loop() is not None:
-            self.task = asyncio.current_task()
+        if not self.of_call and not _is_dynamo_compiling():
+            self.in_task = asyncio._get_running_loop() is not None
+            if self.in_task:
+                _ENTERED.set((*_ENTERED.get(), self))
         ROUTES.stack.append(self)
         ROUTES.base_only = _is_base_only(ROUTES.stack)
         return self
@@ -107,10 +114,14 @@ class route:  # noqa: N801 (used like a function)
             return  # it went with one that was entered before
         ROUTES.base_only = False
         popped, others = [], []
+        own = _ENTERED.get() if self.in_task else ()
         while not popped or popped[-1] is not self:
             entered = stack.pop()
-            (popped if entered.task is self.task else others).append(entered)
+            mine = entered is self or not entered.in_task or any(entered is each for each in own)
+            (popped if mine else others).append(entered)
         stack.extend(reversed(others))
+        if self.in_task:
+            _ENTERED.set(tuple(each for each in own if not any(each is gone for gone in popped)))
         ROUTES.base_only = _is_base_only(stack)
         if len(popped) == 1:
             self.left()
@@ -168,14 +179,15 @@ def check_names(adapter_names: str | Sequence[str]) -> str | tuple[str, ...]:
 def current_route() -> route | None:
     """The innermost route of this thread, or of its current task."""
     stack = ROUTES.stack
-    if not stack or stack[-1].task is None:
+    if not stack or not stack[-1].in_task or _is_dynamo_compiling():
         return stack[-1] if stack else None
-    task = asyncio.current_task() if asyncio._get_running_loop() is not None else None
-    return next((entered for entered in reversed(stack) if entered.task is None or entered.task is task), None)
+    own = _ENTERED.get()
+    mine = (entered for entered in reversed(stack) if not entered.in_task or any(entered is each for each in own))
+    return next(mine, None)
 
 
 def _is_base_only(stack: Sequence[route]) -> bool:
-    return bool(stack) and stack[-1].task is None and stack[-1].base_only
+    return bool(stack) and not stack[-1].in_task and stack[-1].base_only
 
 
 def all_base() -> bool:
@@ -230,7 +242,7 @@ def narrowed(rows: Sequence[int], batch: int) -> route:
     of_all = current.names_for(batch)
     names = [of_all[row] for row in rows]
     part = route(names, flattened=current.flattened, lease=current.lease)
-    part.of_model = current.of_model
+    part.of_model, part.of_call = current.of_model, True
     return part
 
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dts_fast import DTSConfig, DTSModel, compress, fuse, native, route
 from dts_fast.errors import BaseMismatchError, CapacityError, DTSError, RoutingError, UnknownAdapterError
 from dts_fast.export import export_full
+from dts_fast.routing import current_route
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 56}
 
@@ -423,6 +424,19 @@ def test_what_is_set_is_the_models(family):
     assert model.generate(ids).shape[1] == ids.shape[1] + 2
     model.note = "kept"
     assert model.model.note == model.note == "kept"
+    del model.note
+    assert not hasattr(model.model, "note")
+    with pytest.raises(AttributeError):
+        model.active_adapter = "b"
+    calls = []
+
+    def watched(*args, forward=model.forward, **kwargs):
+        calls.append(kwargs)
+        return forward(*args, **kwargs)
+
+    model.forward = watched
+    assert torch.equal(model(ids, adapter_names="a").logits, model.model(ids).logits)
+    assert calls == [{"adapter_names": "a"}]
 
 
 @torch.no_grad()
@@ -446,10 +460,45 @@ def test_tasks_of_an_event_loop_have_routes_of_their_own(family):
     for name, logits in zip(expected, asyncio.run(together()), strict=True):
         assert torch.equal(logits, expected[name])
     with route("b"):  # what is entered outside counts for tasks without one of their own
-        assert torch.equal(asyncio.run(as_task(lambda: model(ids).logits)), expected["b"])
+        assert torch.equal(asyncio.run(as_task(model, ids)), expected["b"])
     model.set_adapter("a")
     assert torch.equal(model(ids).logits, expected["a"])
 
 
-async def as_task(call):
-    return call()
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_a_tasks_route_holds_for_the_tasks_that_it_starts(family):
+    model, ids = family.model(), family.inputs["input_ids"][:1]
+    expected = {name: model(ids, adapter_names=name).logits for name in ("a", "b", "__base__")}
+    again = route("b")
+
+    async def parent() -> list[torch.Tensor]:
+        with again:
+            waited = await asyncio.wait_for(as_task(model, ids), 60)
+            with route("a"):
+                inner = await asyncio.gather(as_task(model, ids), as_task(model, ids))
+            return [waited, model(ids).logits, *inner]
+
+    for name, logits in zip(("b", "b", "a", "a"), asyncio.run(parent()), strict=True):
+        assert torch.equal(logits, expected[name])
+    with again:  # what was entered in a loop can be entered outside of one
+        assert torch.equal(model(ids).logits, expected["b"])
+    for _ in range(2):  # nor does a call of the base keep anything of a loop
+        assert torch.equal(asyncio.run(as_task(model, ids, "__base__")), expected["__base__"])
+        assert torch.equal(model(ids, adapter_names="__base__").logits, expected["__base__"])
+    assert current_route() is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_compiled_models_run_in_event_loops(family):
+    model, ids = family.model(max_rank=20), family.inputs["input_ids"][:2]
+    expected = model(ids, adapter_names=["a", "b"]).logits
+    model.compile(fullgraph=True, backend="eager")
+    logits = asyncio.run(as_task(model, ids, ["a", "b"]))
+    # Fused and unfused sums.
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+async def as_task(model, ids, names=None):
+    return model(ids, adapter_names=names).logits

@@ -341,6 +341,92 @@ def test_a_head_untied_by_the_fine_tune(tmp_path, by_path, changed):
 
 
 @torch.no_grad()
+def test_what_stays_tied_beside_an_untied_head(tmp_path):
+    """BART shares one table between encoder, decoder and head, and its configuration has one switch for all."""
+    base = bart().eval()
+    base.save_pretrained(tmp_path / "base")
+    tuned = make_copy(base)
+    tuned.config.tie_word_embeddings = False
+    tuned.lm_head.weight = nn.Parameter(base.lm_head.weight + 0.05 * torch.randn_like(base.lm_head.weight))
+    for module in (tuned.model.encoder, tuned.model.decoder):
+        module.embed_tokens.weight = nn.Parameter(base.model.shared.weight.clone())
+    tuned.save_pretrained(tmp_path / "tuned")
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(density=0.3))
+    export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
+    model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")
+    ids = {"input_ids": torch.randint(3, 99, (2, 5)), "decoder_input_ids": torch.randint(3, 99, (2, 4))}
+    expected = tuned(**ids).logits
+    for served in (model, transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "dense").eval()):
+        torch.testing.assert_close(served(**ids).logits, expected, rtol=1e-4, atol=1e-4)
+    model.merge_and_unload("a").save_pretrained(tmp_path / "merged")
+    again = transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(again(**ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def llava():
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, image_size=8,
+            patch_size=4, projection_dim=32,
+        ),
+        text_config=transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+        ),
+        image_token_index=98, vision_feature_layer=-1,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:no fast path")
+@pytest.mark.parametrize("exclude", [None, "vision_tower|multi_modal_projector"], ids=["all", "text"])
+def test_images_of_rows(tmp_path, exclude):
+    model, dense = adapters(tmp_path, llava, exclude=exclude)
+    names, places = ["a", "b"], 4  # of each image's patches
+    for counts in ((1, 1), (2, 0)):
+        ids = torch.randint(3, 97, (2, 12))
+        for row, count in enumerate(counts):
+            ids[row, : places * count] = 98
+        images = torch.randn(2, 3, 8, 8)
+        inputs = {"input_ids": ids, "pixel_values": images}
+        if exclude is None and counts == (2, 0):
+            with pytest.raises(RoutingError, match="different numbers of images"):
+                model(**inputs, adapter_names=names)
+            with pytest.raises(RoutingError, match="different numbers of images"):
+                model.generate(**inputs, adapter_names=names, max_new_tokens=2)
+            continue
+        logits = model(**inputs, adapter_names=names).logits
+        for row, name in enumerate(names):
+            whole = dense[name](**inputs).logits[row]
+            torch.testing.assert_close(logits[row], whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+
+
+@torch.no_grad()
+def test_layers_that_are_called_from_a_list(tmp_path):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+            self.order = [self.second, self.first]
+
+        def forward(self, x):
+            return self.order[1](self.order[0](x))
+
+    base = Listed()
+    tuned = {n: p + 0.1 * torch.randn_like(p) for n, p in base.state_dict().items()}
+    write_checkpoint(tmp_path / "base", base.state_dict())
+    write_checkpoint(tmp_path / "tuned", tuned)
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(density=0.5))
+    export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
+    dense = Listed()
+    dense.load_state_dict(load_file(tmp_path / "dense" / "model.safetensors"))
+    x, alone = torch.randn(2, 12), base(torch.ones(1, 12))
+    model = DTSModel.from_pretrained(base, tmp_path / "a", "a")
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.merge_and_unload("__base__")(torch.ones(1, 12)), alone)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("option", [{"whole": "lm_head|embed_tokens"}, {"exclude": "lm_head|embed_tokens"}], ids=str)
 def test_a_fine_tune_with_more_tokens_is_served_from_the_bases_path(tmp_path, option):
     base = opt().eval()
