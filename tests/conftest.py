@@ -7,8 +7,10 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,8 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
-TARGETS = ("80", "89", "90", "100")  # what the CUDA kernels are compiled for
+TARGETS = ("80", "90", "100")  # what the CUDA kernels are compiled for, and run on
+CAPABILITIES = (80, 89, 90, 100)  # the same for Triton's
 
 # `make test` tries the same calls each time, so that a failure is the change's; `make fuzz` searches for new ones.
 settings.register_profile("repeatable", derandomize=True, max_examples=40, deadline=None)
@@ -72,12 +75,29 @@ def compilers(tmp_path_factory):
         yield processes, folder
 
 
+@pytest.fixture(scope="session")
+def triton_compilers():
+    """A process for each architecture that compiles every configuration."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = ["nice", sys.executable, "-m", "dts_fast.triton.aot", "--json", "--capability"]
+    with all_at_once({c: [*command, str(c)] for c in CAPABILITIES}, **environment) as processes:
+        yield processes
+
+
+_COMPILE_AHEAD = {"compilers": "nvcc", "emulated": "c++", "triton_compilers": "triton"}
+
+
+def pytest_collection_modifyitems(items):
+    """Who waits for compilers comes last: until then they have the core that the other tests leave idle."""
+    items.sort(key=lambda item: not _COMPILE_AHEAD.keys().isdisjoint(getattr(item, "fixturenames", ())))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compile_ahead(request):
     """What takes minutes runs beside the tests that come before it, which leave a core idle."""
     wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    for name, program in (("compilers", "nvcc"), ("emulated", "c++")):
-        if name in wanted and shutil.which(program):
+    for name, needed in _COMPILE_AHEAD.items():
+        if name in wanted and (shutil.which(needed) or find_spec(needed)):
             request.getfixturevalue(name)
 
 

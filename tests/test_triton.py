@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from conftest import all_at_once
+from conftest import CAPABILITIES
 from test_ops import DEVICE, delta_magnitude, make_bank, on_device, within_rounding
 
 from dts_fast import reference
@@ -20,8 +18,6 @@ from dts_fast.codes import PageLayout
 from dts_fast.triton import add_delta_, launch, linear
 from dts_fast.triton import configs as triton_configs
 from dts_fast.triton.configs import COPY_ENGINE, Config, choose, default, key, write_table
-
-CAPABILITIES = (80, 89, 90, 100)
 
 # Several tiles of rows and blocks of outputs; more pages a step than a slot has, and fewer; more splits than there are
 # blocks of K.
@@ -130,19 +126,10 @@ def test_measured_tables_come_before_the_rules_and_the_users_own_before_the_ship
         triton_configs.tables.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def compilers():
-    """A process for each architecture that compiles every configuration."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "dts_fast.triton.aot", "--json", "--capability"]
-    with all_at_once({c: [*command, str(c)] for c in CAPABILITIES}, **environment) as processes:
-        yield processes
-
-
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_configuration_compiles_without_spills_and_with_the_instructions_meant(compilers, capability):
-    out, errors = compilers[capability].communicate()
-    assert compilers[capability].returncode == 0, errors
+def test_every_configuration_compiles_without_spills_and_with_the_instructions_meant(triton_compilers, capability):
+    out, errors = triton_compilers[capability].communicate()
+    assert triton_compilers[capability].returncode == 0, errors
     rows = [json.loads(line) for line in out.splitlines()]
     kernels = {"shrink_kernel", "linear_kernel", "together_kernel", "expand_kernel"}
     assert {row["kernel"] for row in rows} == kernels | ({"prefill_kernel"} if capability >= COPY_ENGINE else set())
