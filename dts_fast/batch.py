@@ -71,3 +71,23 @@ _MAIN_INPUTS = (
     "input_values",
     "decoder_input_ids",  # last: generate() may get one prompt for all rows
 )
+
+
+def has_uneven_images(config: object, ids: Tensor, kwargs: Mapping[str, object]) -> bool:
+    """Whether rows of a batch have different numbers of images, videos or sounds, by the placeholders in their tokens.
+
+    Args:
+        config: the model's.
+        ids: ``[B, T]``.
+        kwargs: the call's.
+    """
+    if not any(value is not None and name.startswith(_SEEN_OR_HEARD) for name, value in kwargs.items()):
+        return False
+    tokens = {getattr(config, f"{kind}_token_{end}", None) for kind in _KINDS for end in ("id", "index")}
+    # Of each kind: two images in one row are not a video in another.
+    return any(isinstance(token, int) and len((ids == token).sum(1).unique()) > 1 for token in tokens)
+
+
+# Arguments that come without rows, and what of them a prompt has placeholders for.
+_SEEN_OR_HEARD = ("pixel_values", "image_embeds", "input_features", "input_values")
+_KINDS = ("image", "video", "audio")

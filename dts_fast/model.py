@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,14 +17,14 @@ from .arenas import Arenas
 from .atomic import staged_directory
 from .attach import LiveModel
 from .bank import Bank, VectorTable
-from .batch import BatchRoute, LeasedRoute, leave_batch, main_input, tokens_a_row
+from .batch import BatchRoute, LeasedRoute, has_uneven_images, leave_batch, main_input, tokens_a_row
 from .characteristic import characteristic_of
 from .checkpoint import Checkpoint
 from .errors import AdapterFormatError, BaseMismatchError, CheckpointError, DTSError, NeverMixedError, RoutingError
 from .hub import push_adapter
+from .merging import write_merged
 from .mixture import check_weights, select, similarity_weights
 from .nn import DTSModule
-from .nn.parameters import tensor_of
 from .prepack import PackedLinear, no_kernels
 from .residency import Residency
 from .routing import Lease, check_names, current_route, route
@@ -35,9 +34,6 @@ from .wrapping import Wrapping
 DEFAULT_ADAPTER = "default"
 
 _MOST_BASE_ROUTES = 64  # batch sizes
-# Arguments that come without rows, and what of them a prompt has placeholders for.
-_SEEN_OR_HEARD = ("pixel_values", "image_embeds", "input_features", "input_values")
-_KINDS = ("image", "video", "audio")
 # Models whose layers get [time, batch, features].
 _TIME_FIRST = ("xlnet", "fsmt")
 # Settings of a model that a fine-tune may change, while the base that it is served from keeps its own.
@@ -405,7 +401,7 @@ class DTSModel(nn.Module):
         for path in list(self._wrappers):
             self._live.put(path, self._wrappers.pop(path).base_layer)
         self.model = self._live.root
-        _write_merged(self.model, layers, merged)
+        write_merged(self.model, layers, merged)
         for name in self.slots.names:
             self.slots.release(name)
         self.adapter_configs.clear()
@@ -586,11 +582,7 @@ class DTSModel(nn.Module):
         """
         if isinstance(names, str) or len(set(names)) == 1 or not isinstance(main, Tensor) or main.is_floating_point():
             return
-        config = getattr(self.model, "config", None)
-        given = [name for name, value in kwargs.items() if value is not None and name.startswith(_SEEN_OR_HEARD)]
-        tokens = {getattr(config, f"{kind}_token_{end}", None) for kind in _KINDS for end in ("id", "index")}
-        # Equal numbers of each kind: two images in one row are not a video in another.
-        if not given or all(len((main == t).sum(1).unique()) == 1 for t in tokens if isinstance(t, int)):
+        if not has_uneven_images(getattr(self.model, "config", None), main, kwargs):
             return
         parts = [getattr(self.model, name, None) for name in ("get_decoder", "get_output_embeddings")]
         of_text = {
@@ -684,39 +676,6 @@ class _Source:
         file = folder / WEIGHTS_NAME
         status = file.stat() if file.is_file() else None
         return cls(folder.resolve(), (status.st_mtime_ns, status.st_size) if status else (0, 0), verify_base)
-
-
-def _write_merged(model: nn.Module, layers: Sequence[nn.Module], merged: Sequence[Mapping[str, Tensor]]) -> None:
-    """Put merged parameters into bare layers. A parameter that layers share stays shared where it is to be the same in
-    all of them; otherwise each gets its own."""
-    uses = Counter(id(t) for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
-    values: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
-    for layer, parameters in zip(layers, merged, strict=True):
-        for name, value in parameters.items():
-            values.setdefault(id(tensor_of(layer, name)), []).append((layer, name, value))
-    for shared, places in values.items():
-        first = places[0][2]
-        if len(places) == uses[shared] and all(value is first or torch.equal(value, first) for *_, value in places):
-            tensor_of(*places[0][:2]).data = first
-            continue
-        for layer, name, value in places:
-            path, _, leaf = name.rpartition(".")
-            module, old = layer.get_submodule(path), tensor_of(layer, name)
-            own = nn.Parameter(value, old.requires_grad) if leaf in module._parameters else value
-            setattr(module, leaf, own)
-        _untie(model)
-
-
-def _untie(model: nn.Module) -> None:
-    """Let no parameters be shared any more, as a model's configuration knows only one switch for all of them."""
-    seen: set[int] = set()
-    for module in model.modules():
-        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
-            module.config.tie_word_embeddings = False
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in seen:
-                module._parameters[leaf] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            seen.add(id(parameter))
 
 
 def _load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:

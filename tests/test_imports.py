@@ -43,6 +43,7 @@ ALLOWED = {
     "dense": {"atomic", "checkpoint", "errors", "pieces"},
     "export": {"adapter_file", "checkpoint", "dense", "errors", "fingerprint"},
     "pieces": set(),
+    "merging": {"nn.parameters"},
     "renaming": {"checkpoint", "nn.parameters", "pieces"},
     "lora": {"adapter_file", "atomic", "checkpoint", "codes", "errors", "export", "renaming"},
     "verify": {"adapter_file", "checkpoint", "codes", "errors", "export", "fit", "lora"},
@@ -92,7 +93,7 @@ ALLOWED = {
     "bench_report": {"atomic", "errors"},
     "model": {
         "adapter_file", "apart", "arenas", "atomic", "attach", "bank", "batch", "characteristic", "checkpoint",
-        "errors", "hub", "mixture", "nn", "nn.parameters", "prepack", "residency", "routing", "slots", "wrapping",
+        "errors", "hub", "merging", "mixture", "nn", "prepack", "residency", "routing", "slots", "wrapping",
     },
     "doctor": {"gpu", "native", "version"},
     "hardware": {"version"},

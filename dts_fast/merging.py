@@ -1,0 +1,47 @@
+"""An adapter's parameters in a bare model, in place of the base's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .nn.parameters import tensor_of
+
+
+def write_merged(model: nn.Module, layers: Sequence[nn.Module], merged: Sequence[Mapping[str, Tensor]]) -> None:
+    """Put merged parameters into bare layers. A parameter that layers share stays shared where it is to be the same in
+    all of them; otherwise each gets its own."""
+    uses = Counter(id(t) for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
+    values: dict[int, list[tuple[nn.Module, str, Tensor]]] = {}
+    for layer, parameters in zip(layers, merged, strict=True):
+        for name, value in parameters.items():
+            values.setdefault(id(tensor_of(layer, name)), []).append((layer, name, value))
+    untied = False
+    for shared, places in values.items():
+        first = places[0][2]
+        if len(places) == uses[shared] and all(value is first or torch.equal(value, first) for *_, value in places):
+            tensor_of(*places[0][:2]).data = first
+            continue
+        for layer, name, value in places:
+            path, _, leaf = name.rpartition(".")
+            module, old = layer.get_submodule(path), tensor_of(layer, name)
+            own = nn.Parameter(value, old.requires_grad) if leaf in module._parameters else value
+            setattr(module, leaf, own)
+        untied = True
+    if untied:
+        _untie(model)
+
+
+def _untie(model: nn.Module) -> None:
+    """Let no parameters be shared any more, as a model's configuration knows only one switch for all of them."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+            module.config.tie_word_embeddings = False
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                module._parameters[leaf] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            seen.add(id(parameter))
