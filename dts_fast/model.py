@@ -37,7 +37,7 @@ _MOST_BASE_ROUTES = 64  # batch sizes
 # Models whose layers get [time, batch, features].
 _TIME_FIRST = ("xlnet", "fsmt")
 # Settings of a model that a fine-tune may change, while the base that it is served from keeps its own.
-_OF_THE_BASE = ("tie_word_embeddings", "vocab_size")
+_OF_THE_BASE = ("tie_word_embeddings", "vocab_size", "scale_decoder_outputs")
 
 
 class DTSModel(nn.Module):
@@ -632,6 +632,15 @@ class DTSModel(nn.Module):
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         owned, live = self._live.owners(adapter)
+        # T5's, which goes with its tie; rows of one call cannot differ in it.
+        scaled = adapter.config["model_config"].get("scale_decoder_outputs")
+        if scaled is not None and scaled != getattr(
+            getattr(self.model, "config", None), "scale_decoder_outputs", scaled
+        ):
+            raise BaseMismatchError(
+                f"the fine-tune sets scale_decoder_outputs to {scaled}, the base does not: one model cannot do both. "
+                "Serve it alone (dts-fast export full)."
+            )
         for path, parameters in owned.items():
             own = self._wrappers.get(path) or DTSModule(self._live.modules[path], slots=self.slots)
             own.check_parameters(parameters, path)

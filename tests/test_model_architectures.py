@@ -363,6 +363,21 @@ def test_what_stays_tied_beside_an_untied_head(tmp_path):
     torch.testing.assert_close(again(**ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_what_rows_of_one_model_cannot_differ_in_is_refused(tmp_path):
+    base = t5().eval()
+    base.save_pretrained(tmp_path / "base")
+    tuned = make_copy(base)
+    tuned.lm_head.weight = nn.Parameter(base.lm_head.weight + 0.05 * torch.randn_like(base.lm_head.weight))
+    tuned.config.tie_word_embeddings, tuned.config.scale_decoder_outputs = False, False
+    tuned.save_pretrained(tmp_path / "tuned")
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(density=0.3))
+    assert load_adapter(tmp_path / "a").config["model_config"]["scale_decoder_outputs"] is False
+    for model in (tmp_path / "base", base):
+        with pytest.raises(BaseMismatchError, match="one model cannot do both"):
+            DTSModel.from_pretrained(model, tmp_path / "a", "a")
+
+
 def llava():
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(
