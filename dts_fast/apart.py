@@ -70,8 +70,7 @@ class Apart:
                 dimension is not the batch), or what comes back is not of rows.
         """
         main, objects = main_input(args, kwargs), has_objects((args, kwargs))
-        compiled = getattr(call, "_compiled_call_impl", None) is not None
-        return self._run(call, args, kwargs, main, _merge, objects, compiled, {}, level=6)
+        return self._run(call, args, kwargs, main, _merge, objects, _unless_compiled(call, {}), level=6)
 
     def generate(self, call: Callable, args: tuple, kwargs: dict, model: object):
         """``generate`` of a model within a route. Sequences of adapters that end before others are padded.
@@ -85,9 +84,8 @@ class Apart:
 
         objects = has_objects((args, {name: value for name, value in kwargs.items() if name != "generation_config"}))
         main = main_input((*args, kwargs.get("inputs")), kwargs)
-        compiled = getattr(model, "_compiled_call_impl", None) is not None
-        briefly = {"stopping_criteria": [_after_one_step]}
-        return self._run(call, args, kwargs, main, merge, objects, compiled, briefly, level=5)
+        briefly = _unless_compiled(model, {"stopping_criteria": [_after_one_step]})
+        return self._run(call, args, kwargs, main, merge, objects, briefly, level=5)
 
     def _run(
         self,
@@ -97,10 +95,14 @@ class Apart:
         main: Tensor | None,
         merge: Callable,
         objects: bool,
-        compiled: bool,
-        briefly: Mapping[str, object],
+        briefly: Mapping[str, object] | None,
         level: int,
     ):
+        """
+        Args:
+            briefly: arguments with which the call tells as soon as it can whether rows are mixed up; None where that is
+                not to be tried.
+        """
         current = current_route()
         names = current.adapter_names
         if isinstance(names, str) or len(set(names)) == 1 or torch.compiler.is_compiling():
@@ -114,7 +116,7 @@ class Apart:
             return self._run_apart(call, args, kwargs, main, merge, refusal)
         failed: Exception | None = None
         try:
-            if not (key <= self._rows_first or compiled) and _is_square(args, kwargs, main.shape[0]):
+            if briefly is not None and not key <= self._rows_first and _is_square(args, kwargs, main.shape[0]):
                 self._try_one_more_row(call, args, {**kwargs, **briefly}, main)
             # Containers are copied: what a model writes to them is not for the call that comes after.
             given = map_rows(lambda t: t, main.shape[0], args, kwargs)
@@ -185,6 +187,11 @@ def _is_square(args, kwargs, rows: int) -> bool:
     """Whether a call has as many rows as tokens, which may so be taken for each other."""
     tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
     return any(t.dim() in (2, 3) and t.shape[0] == t.shape[1] == rows for t in tensors)
+
+
+def _unless_compiled(model: object, briefly: dict[str, object]) -> dict[str, object] | None:
+    """One more row would be another graph."""
+    return None if getattr(model, "_compiled_call_impl", None) is not None else briefly
 
 
 def _after_one_step(sequences: Tensor, scores: object, **kwargs: object) -> Tensor:

@@ -53,7 +53,7 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="dts-fast")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks on stderr, errors alone.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks on stderr, errors and warnings alone.")
 @click.option("-v", "--verbose", is_flag=True, help="Warnings, and where an error comes from.")
 def main(quiet, verbose) -> None:
     """Many fine-tuned variants of one model, each about 1 % of it, served from one resident base."""

@@ -17,10 +17,10 @@ from .arenas import Arenas
 from .atomic import staged_directory
 from .attach import LiveModel
 from .bank import Bank, VectorTable
+from .base import load_base
 from .batch import BatchRoute, LeasedRoute, has_uneven_images, leave_batch, main_input, tokens_a_row
 from .characteristic import characteristic_of
-from .checkpoint import Checkpoint
-from .errors import AdapterFormatError, BaseMismatchError, CheckpointError, DTSError, NeverMixedError, RoutingError
+from .errors import AdapterFormatError, BaseMismatchError, DTSError, NeverMixedError, RoutingError
 from .hub import push_adapter
 from .merging import write_merged
 from .mixture import check_weights, select, similarity_weights
@@ -36,8 +36,6 @@ DEFAULT_ADAPTER = "default"
 _MOST_BASE_ROUTES = 64  # batch sizes
 # Models whose layers get [time, batch, features].
 _TIME_FIRST = ("xlnet", "fsmt")
-# Settings of a model that a fine-tune may change, while the base that it is served from keeps its own.
-_OF_THE_BASE = ("tie_word_embeddings", "vocab_size", "scale_decoder_outputs")
 
 
 class DTSModel(nn.Module):
@@ -174,7 +172,7 @@ class DTSModel(nn.Module):
         source = _Source.of(locate_adapter(adapter), verify_base)
         loaded = load_adapter(source.folder, mapped=True)
         if not isinstance(base_model, nn.Module):
-            base_model = _load_base(base_model, loaded.config["model_config"], model_kwargs)
+            base_model = load_base(base_model, loaded.config["model_config"], model_kwargs)
         model = cls(
             base_model, max_adapters, max_rank=max_rank, max_bytes=max_bytes, eviction=eviction, prepack=prepack
         )
@@ -685,29 +683,3 @@ class _Source:
         file = folder / WEIGHTS_NAME
         status = file.stat() if file.is_file() else None
         return cls(folder.resolve(), (status.st_mtime_ns, status.st_size) if status else (0, 0), verify_base)
-
-
-def _load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:
-    """The base's weights in the model class of the fine-tune."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise DTSError(
-            "loading a base model by its path needs transformers: pip install 'dts_fast[hf]', or pass a loaded model."
-        ) from error
-    checkpoint = Checkpoint.open(base_model)
-    # A base that ties its head stays tied: an untied head of the fine-tune comes whole with the adapter.
-    # Nor has it more tokens than it has: a table that the fine-tune has resized comes whole, too.
-    settings = {**checkpoint.config, **{k: v for k, v in changed.items() if k not in _OF_THE_BASE}}
-    if not checkpoint.config:
-        raise CheckpointError(f"{base_model}: expected a config.json beside the weights, found none.")
-    architecture = (settings.get("architectures") or [None])[0]
-    model_class = getattr(transformers, str(architecture), transformers.AutoModel)
-    config = transformers.AutoConfig.for_model(**settings)
-    path = Path(base_model)
-    if path.is_file():
-        weights = checkpoint.as_stored()
-        if model_class is transformers.AutoModel:
-            model_class = type(model_class.from_config(config))
-        return model_class.from_pretrained(None, config=config, state_dict=weights, **model_kwargs).eval()
-    return model_class.from_pretrained(str(base_model), config=config, **model_kwargs).eval()

@@ -44,6 +44,7 @@ ALLOWED = {
     "export": {"adapter_file", "checkpoint", "dense", "errors", "fingerprint"},
     "pieces": set(),
     "merging": {"nn.parameters"},
+    "base": {"checkpoint", "errors"},
     "renaming": {"checkpoint", "nn.parameters", "pieces"},
     "lora": {"adapter_file", "atomic", "checkpoint", "codes", "errors", "export", "renaming"},
     "verify": {"adapter_file", "checkpoint", "codes", "errors", "export", "fit", "lora"},
@@ -92,7 +93,7 @@ ALLOWED = {
     "shapes": {"checkpoint", "errors", "pieces"},
     "bench_report": {"atomic", "errors"},
     "model": {
-        "adapter_file", "apart", "arenas", "atomic", "attach", "bank", "batch", "characteristic", "checkpoint",
+        "adapter_file", "apart", "arenas", "atomic", "attach", "bank", "base", "batch", "characteristic",
         "errors", "hub", "merging", "mixture", "nn", "prepack", "residency", "routing", "slots", "wrapping",
     },
     "doctor": {"gpu", "native", "version"},
@@ -145,7 +146,7 @@ def test_modules_import_only_what_lies_below_them(file):
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_transformers_stays_where_models_are(file):
     _, others = imports_of(file)
-    assert ("transformers" in others) <= (file.stem in {"model", "renaming", "shapes", "demo", "demo_lm"})
+    assert ("transformers" in others) <= (file.stem in {"base", "renaming", "shapes", "demo", "demo_lm"})
     assert "dts_fast" not in others, "imports within the package are relative"
 
 

@@ -1,0 +1,50 @@
+"""A base model from its files, as adapters want it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, DTSError
+
+# Settings of a model that a fine-tune may change, while the base that it is served from keeps its own.
+_OF_THE_BASE = ("tie_word_embeddings", "vocab_size", "scale_decoder_outputs")
+
+
+def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:
+    """The base's weights in the model class of the fine-tune.
+
+    Args:
+        base_model: directory, ``.safetensors`` file or hub id.
+        changed: the settings that the fine-tune has changed (``model_config`` of its adapter).
+        model_kwargs: for the ``from_pretrained`` of transformers.
+
+    Raises:
+        CheckpointError: it cannot be read, or has no config.json.
+        DTSError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise DTSError(
+            "loading a base model by its path needs transformers: pip install 'dts_fast[hf]', or pass a loaded model."
+        ) from error
+    checkpoint = Checkpoint.open(base_model)
+    # A base that ties its head stays tied: an untied head of the fine-tune comes whole with the adapter.
+    # Nor has it more tokens than it has: a table that the fine-tune has resized comes whole, too.
+    settings = {**checkpoint.config, **{k: v for k, v in changed.items() if k not in _OF_THE_BASE}}
+    if not checkpoint.config:
+        raise CheckpointError(f"{base_model}: expected a config.json beside the weights, found none.")
+    architecture = (settings.get("architectures") or [None])[0]
+    model_class = getattr(transformers, str(architecture), transformers.AutoModel)
+    config = transformers.AutoConfig.for_model(**settings)
+    path = Path(base_model)
+    if path.is_file():
+        weights = checkpoint.as_stored()
+        if model_class is transformers.AutoModel:
+            model_class = type(model_class.from_config(config))
+        return model_class.from_pretrained(None, config=config, state_dict=weights, **model_kwargs).eval()
+    return model_class.from_pretrained(str(base_model), config=config, **model_kwargs).eval()
