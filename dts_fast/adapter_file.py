@@ -14,7 +14,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +187,20 @@ def load_adapter(path: str | Path, *, verify_checksum: bool = True, mapped: bool
         AdapterFormatError: anything missing, damaged, inconsistent or of an unknown version.
         CheckpointError: a hub id that the hub does not give.
     """
+    adapter, verify = open_adapter(path, verify_checksum=verify_checksum, mapped=mapped)
+    verify()
+    return adapter
+
+
+def open_adapter(
+    path: str | Path, *, verify_checksum: bool = True, mapped: bool = True
+) -> tuple[Adapter, Callable[[], None]]:
+    """`load_adapter`, for a caller that has something to do while the checksum is computed.
+
+    Returns:
+        The adapter, and what waits for the checksum and raises AdapterFormatError where it is wrong: to be called
+        before anything depends on the adapter.
+    """
     folder = locate_adapter(path)
     config = read_config(folder)
     weights = folder / WEIGHTS_NAME
@@ -194,18 +208,10 @@ def load_adapter(path: str | Path, *, verify_checksum: bool = True, mapped: bool
         raise AdapterFormatError(f"{folder}: expected {WEIGHTS_NAME} beside {CONFIG_NAME}, found none.")
     try:
         data = _map(weights)
-        with ThreadPoolExecutor(1) as beside:  # a checksum is as much work as all the rest
-            digest = beside.submit(lambda: hashlib.sha256(data).hexdigest()) if verify_checksum else None
-            with safe_open(weights, framework="pt"):  # the library checks sizes and offsets
-                stored = _Stored(data, copies=not mapped)
-            layout = _check_headers(weights, stored.headers, config["shapes"])
-            stored.attach()
-            read = {name: _read(stored, name, kind, shape) for name, (kind, shape) in sorted(layout.items())}
-        if digest is not None and digest.result() != config["weights_sha256"]:
-            raise AdapterFormatError(
-                f"{weights}: damaged: SHA-256 is {digest.result()[:16]}..., the config says "
-                f"{str(config['weights_sha256'])[:16]}.... Copy or download the adapter again."
-            )
+        verify = _verifier(weights, data, config["weights_sha256"]) if verify_checksum else lambda: None
+        layout = _layout_of(weights, data, config["shapes"])
+        stored = _Stored(data, layout, copies=not mapped)
+        read = {name: _read(stored, name, kind, shape) for name, kind, shape in layout.parameters}
         parameters = _with_sums(weights, read)
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(
@@ -216,8 +222,30 @@ def load_adapter(path: str | Path, *, verify_checksum: bool = True, mapped: bool
             f"{folder}: the config records {len(config['errors'])} errors for {len(parameters)} parameters."
         )
     if not stored.known_finite():
+        verify()  # what is damaged is to be called that
         _check_values(weights, parameters)
-    return Adapter(config, parameters)
+    return Adapter(config, parameters), verify
+
+
+def _verifier(file: Path, data: mmap.mmap, expected: str) -> Callable[[], None]:
+    """Computes the checksum beside all else, as it is as much work; what it returns waits for it.
+
+    Raises (what it returns):
+        AdapterFormatError: it is another one.
+    """
+    beside = ThreadPoolExecutor(1)
+    digest = beside.submit(lambda: hashlib.sha256(data).hexdigest())
+    beside.shutdown(wait=False)
+
+    def verify() -> None:
+        found = digest.result()
+        if found != expected:
+            raise AdapterFormatError(
+                f"{file}: damaged: SHA-256 is {found[:16]}..., the config says {expected[:16]}.... Copy or download "
+                "the adapter again."
+            )
+
+    return verify
 
 
 def locate_adapter(path: str | Path) -> Path:
@@ -376,44 +404,87 @@ def _map(file: Path) -> mmap.mmap:
         return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where the tensors of a weights file are, and what they are of; checked.
+
+    Attributes:
+        begin: of the data in the file.
+        entries: of the header: dtype, shape and bytes of each tensor.
+        parameters: name, kind ("matrix", "vector" or "whole") and shape, in the order of names.
+        parts: for each dtype whose tensors lie side by side, as most writers have them: the first and the last byte,
+            the names in their order, and how many elements each has.
+    """
+
+    begin: int
+    entries: Mapping[str, Mapping[str, object]]
+    parameters: tuple[tuple[str, str, tuple[int, ...] | None], ...]
+    parts: Mapping[str, tuple[int, int, list[str], list[int]]]
+
+
+# By the header, the size of the file and the config's shapes; the latest last. Adapters of one base and equal ranks
+# have the same, and one that was evicted has its own when it comes back.
+_layouts: dict[bytes, _Layout] = {}
+_MOST_LAYOUTS = 32
+
+
+def _layout_of(file: Path, data: mmap.mmap, shapes: Mapping[str, object]) -> _Layout:
+    """The layout of a mapped file.
+
+    Raises:
+        SafetensorError: a header that the library refuses.
+        AdapterFormatError: tensors that are no adapter's.
+    """
+    (size,) = struct.unpack_from("<Q", data) if len(data) >= 8 else (len(data),)
+    begin = min(8 + size, len(data))
+    key = hashlib.sha256(data[:begin])
+    key.update(json.dumps([len(data), shapes]).encode())
+    layout = _layouts.pop(key.digest(), None)
+    if layout is None:
+        with safe_open(file, framework="pt"):  # the library checks sizes and offsets
+            entries = json.loads(data[8:begin])
+        entries.pop("__metadata__", None)
+        headers = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+        found = sorted(_check_headers(file, headers, shapes).items())
+        layout = _Layout(begin, entries, tuple((name, *of) for name, of in found), _side_by_side(entries))
+    _layouts[key.digest()] = layout
+    for oldest in list(_layouts)[:-_MOST_LAYOUTS]:
+        _layouts.pop(oldest, None)
+    return layout
+
+
+def _side_by_side(entries: Mapping[str, Mapping[str, object]]) -> dict[str, tuple[int, int, list[str], list[int]]]:
+    of_dtype: dict[str, list[tuple[int, int, str]]] = {}
+    for name, entry in entries.items():
+        of_dtype.setdefault(entry["dtype"], []).append((*entry["data_offsets"], name))
+    parts = {}
+    for dtype, spans in of_dtype.items():
+        spans.sort()
+        first, last, sizes = spans[0][0], spans[-1][1], [end - begin for begin, end, _ in spans]
+        if last - first == sum(sizes):
+            item = _DTYPES[dtype].itemsize
+            parts[dtype] = first, last, [name for *_, name in spans], [size // item for size in sizes]
+    return parts
+
+
 class _Stored:
-    """The tensors of a safetensors file whose header was checked, as views of its mapped data: the library's own
-    `get_tensor` takes ten times as long, and an adapter has thousands of small ones.
+    """The tensors of a mapped file as views of its data: the library's own `get_tensor` takes ten times as long, and an
+    adapter has thousands of small ones.
 
     Args:
         mapping: the file.
         copies: whether bytes (codes) are copied, as all else is.
     """
 
-    def __init__(self, mapping: mmap.mmap, copies: bool) -> None:
-        (size,) = struct.unpack_from("<Q", mapping)
-        self.mapping, self.copies, self.begin = mapping, copies, 8 + size
-        self.entries = json.loads(mapping[8 : self.begin])
-        self.entries.pop("__metadata__", None)
+    def __init__(self, mapping: mmap.mmap, layout: _Layout, copies: bool) -> None:
+        self.entries = layout.entries
+        self.data = torch.frombuffer(mapping, dtype=torch.uint8)[layout.begin :]
         self.parts: dict[str, Tensor] = {}
         self.views: dict[str, Tensor] = {}
-
-    @property
-    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """dtype and shape of each tensor."""
-        return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self.entries.items()}
-
-    def attach(self) -> None:
-        """Make the data there; before, nothing is allocated."""
-        self.data = torch.frombuffer(self.mapping, dtype=torch.uint8)[self.begin :]
-        of_dtype: dict[str, list[tuple[int, int, str]]] = {}
-        for name, entry in self.entries.items():
-            of_dtype.setdefault(entry["dtype"], []).append((*entry["data_offsets"], name))
-        for dtype, spans in of_dtype.items():
-            spans.sort()
-            first, last, sizes = spans[0][0], spans[-1][1], [end - begin for begin, end, _ in spans]
-            # Where all of a dtype lie side by side, as most writers have them, they are one copy, divided in one call.
-            if last - first == sum(sizes):
-                part = self.data[first:last]
-                self.parts[dtype] = part if dtype == "U8" and not self.copies else part.clone().view(_DTYPES[dtype])
-                item = self.parts[dtype].element_size()
-                views = self.parts[dtype].split_with_sizes([size // item for size in sizes])
-                self.views |= zip((name for _, _, name in spans), views, strict=True)
+        for dtype, (first, last, names, sizes) in layout.parts.items():
+            part = self.data[first:last]  # copied at once, and divided in one call
+            self.parts[dtype] = part if dtype == "U8" and not copies else part.clone().view(_DTYPES[dtype])
+            self.views.update(zip(names, self.parts[dtype].split_with_sizes(sizes), strict=True))
 
     def get(self, name: str) -> Tensor:
         entry, view = self.entries[name], self.views.get(name)

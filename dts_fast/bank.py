@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from .codes import Delta, DeltaSum, LowRankDelta, num_pages, terms_of
 from .errors import CapacityError
 from .mixture import mix
-from .paging import pages_of, write_vector
+from .paging import Writes, copy_pages, runs, write_vector
 
 # How many adapters' pages a mixture may list in a bank of fixed capacity: every entry of a list is there for all slots.
 MOST_MEMBERS = 8
@@ -111,7 +112,7 @@ class Bank(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self._free = list(range(num_pages))
         self._listed: dict[int, list[int]] = {}  # row -> its pages, as slot_pages has them
-        self._users: dict[int, int] = {}  # page -> how many rows list it
+        self._users: dict[int, int] = {}  # page -> how many times rows list it, where that is not once
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,50 +153,54 @@ class Bank(nn.Module):
             CapacityError: a bank of fixed capacity has too few pages; nothing was changed.
         """
 
-        def write(part: int, taken: list[int]) -> None:
-            for first, last in _runs(taken):
-                self.pages[taken[first] : taken[last] + 1].copy_(_staged(pages[first : last + 1], self.pages), True)
+        def write(taken: Mapping[int, list[int]]) -> None:
+            for numbers in taken.values():
+                copy_pages(self.pages, numbers, _staged(pages, self.pages))
 
         self._load(slot, {part: pages.shape[0]}, write, weight)
 
-    def load_deltas(self, slot: int, deltas: Mapping[int, LowRankDelta | DeltaSum]) -> None:
-        """`load` of some matrices of a slot, by part: their pages are written where they are to lie, or into what a GPU
-        copies from."""
+    def load_deltas(
+        self, slot: int, deltas: Mapping[int, LowRankDelta | DeltaSum], writes: Writes | None = None
+    ) -> None:
+        """`load` of some matrices of a slot, by part.
 
-        def write(part: int, taken: list[int]) -> None:
-            pages, delta = self._buffers["pages"], deltas[part]
-            on_gpu = terms_of(delta)[0].s.is_cuda
-            if not (pages.is_cuda or on_gpu) and taken[-1] - taken[0] == len(taken) - 1:
-                pages_of(delta, out=pages.narrow(0, taken[0], len(taken)))
-                return
-            staged = None
-            if not on_gpu:
-                staged = torch.empty(len(taken), pages.shape[1], dtype=torch.uint8, pin_memory=pages.is_cuda)
-            staged = pages_of(delta, out=staged)
-            for first, last in _runs(taken):
-                pages[taken[first] : taken[last] + 1].copy_(staged[first : last + 1], non_blocking=True)
+        Args:
+            writes: what will write their pages, with those of other banks; they are written now if it is None.
+        """
 
-        self._load(slot, {part: page_count(delta) for part, delta in deltas.items()}, write, 1.0)
+        if writes is not None and not writes.is_first(self, slot, deltas.values()):
+            return  # tied layers share a bank
+
+        def write(taken: Mapping[int, list[int]]) -> None:
+            own = writes or Writes()
+            for part, numbers in taken.items():
+                own.add_pages(self, numbers, deltas[part])
+            if writes is None:
+                own.write()
+
+        self._load(slot, {part: page_count(delta) for part, delta in deltas.items()}, write, 1.0, writes)
 
     @_outside_inference_mode
     def _load(
-        self, slot: int, counts: Mapping[int, int], write: Callable[[int, list[int]], None], weight: float
+        self,
+        slot: int,
+        counts: Mapping[int, int],
+        write: Callable[[Mapping[int, list[int]]], None],
+        weight: float,
+        writes: Writes | None = None,
     ) -> None:
         most, total = max(counts.values(), default=0), sum(counts.values())
         if self.arena is not None and most > self.arena.per_slot:
             raise CapacityError(f"the adapter takes {most} pages, a slot of this bank at most {self.arena.per_slot}.")
-        rows = [slot * self.parts + part for part in counts]
+        rows = {slot * self.parts + part: count for part, count in counts.items()}
         self._make_room(most, new=total, reusable=sum(len(self._only_in(row)) for row in rows))
         self._empty(rows)
         taken, self._free = self._free[:total], self._free[total:]
-        lists, first = {}, 0
+        left = iter(taken)
+        lists = {row: list(islice(left, count)) for row, count in rows.items() if count}
         try:
-            for row, (part, count) in zip(rows, counts.items(), strict=True):
-                if count:
-                    lists[row] = taken[first : first + count]
-                    first += count
-                    write(part, lists[row])
-            self._list(lists, weight)
+            write({row - slot * self.parts: numbers for row, numbers in lists.items()})
+            self._list(lists, weight, writes)
         except BaseException:
             if not any(row in self._listed for row in lists):
                 self._free = taken + self._free
@@ -223,6 +228,8 @@ class Bank(nn.Module):
                 weights.append(self.slot_weights[row, : len(listed)] * weight)
             self._make_room(len(pages), new=0)
             if pages:
+                for page in pages:
+                    self._users[page] = self._users.get(page, 1) + 1
                 self._list({slot * self.parts + part: pages}, torch.cat(weights))
 
     @_outside_inference_mode
@@ -234,12 +241,12 @@ class Bank(nn.Module):
         rows = [row for row in rows if row in self._listed]
         if not rows:
             return
-        for first, last in _runs(rows):
+        for first, last in runs(rows):
             self.slot_pages[rows[first] : rows[last] + 1] = -1
         freed = []
         for row in rows:
             for page in self._listed.pop(row):
-                left = self._users.pop(page, 1) - 1  # not there if listing it was interrupted
+                left = self._users.pop(page, 1) - 1
                 if left:
                     self._users[page] = left
                 else:
@@ -253,37 +260,26 @@ class Bank(nn.Module):
         numbers = self._listed.get(row, [])
         return self.pages[torch.tensor(numbers, dtype=torch.long)], self.slot_weights[row, : len(numbers)]
 
-    def _list(self, lists: Mapping[int, list[int]], weights: Tensor | float) -> None:
+    def _list(self, lists: Mapping[int, list[int]], weights: Tensor | float, writes: Writes | None = None) -> None:
         """Let rows list pages, all with one weight, or a single row's with its own."""
         # First: whatever stops this half way, `evict` knows what to clear.
         self._listed |= lists
-        for pages in lists.values():
-            for page in pages:
-                self._users[page] = self._users.get(page, 0) + 1
         _, slot_pages, slot_weights = self.tensors
-        if slot_pages.device.type == "cpu":  # numpy takes a tenth of the time for so few numbers
+        if slot_pages.is_cpu:  # numpy takes a tenth of the time for so few numbers
             for row, pages in lists.items():
                 slot_weights.numpy()[row, : len(pages)] = weights
                 slot_pages.numpy()[row, : len(pages)] = pages
-        elif lists:
-            self._send(lists, weights)
-
-    def _send(self, lists: Mapping[int, list[int]], weights: Tensor | float) -> None:
-        """Write lists on another device, all in one copy."""
-        _, slot_pages, slot_weights = self.tensors
-        listed = torch.full((len(lists), max(map(len, lists.values()))), -1, dtype=torch.int32)
-        for own, pages in zip(listed.numpy(), lists.values(), strict=True):
-            own[: len(pages)] = pages
-        listed = _staged(listed, slot_pages).to(slot_pages.device, non_blocking=True)
-        rows = _staged(torch.tensor(list(lists)), slot_pages).to(slot_pages.device, non_blocking=True)
-        # The lists last: until they stand, the rows are empty for whoever reads them.
-        slot_weights[:, : listed.shape[1]].index_copy_(0, rows, (listed >= 0) * weights)
-        slot_pages[:, : listed.shape[1]].index_copy_(0, rows, listed)
+            return
+        own = writes or Writes()
+        for row, pages in lists.items():
+            own.add_list(self, row, pages, weights)
+        if writes is None:
+            own.write()
 
     def _only_in(self, row: int) -> list[int]:
         """The pages that this row lists and no other does."""
         listed = self._listed.get(row, [])
-        return [page for page in set(listed) if self._users[page] == listed.count(page)]
+        return [page for page in set(listed) if self._users.get(page, 1) == listed.count(page)]
 
     def _make_room(self, count: int, new: int | None = None, reusable: int = 0) -> None:
         """Grow what may grow until a row can list ``count`` pages, of which ``new`` (all if None) must be free or are
@@ -332,12 +328,6 @@ class Bank(nn.Module):
 def page_count(delta: LowRankDelta | DeltaSum) -> int:
     """How many pages a delta takes."""
     return sum(num_pages(term.rank) for term in terms_of(delta))
-
-
-def _runs(pages: list[int]) -> list[tuple[int, int]]:
-    """Positions (first, last) of neighbours that follow each other."""
-    ends = [i for i in range(len(pages)) if i + 1 == len(pages) or pages[i + 1] != pages[i] + 1]
-    return list(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
 
 
 def _staged(values: Tensor, target: Tensor) -> Tensor:

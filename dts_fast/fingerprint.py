@@ -28,6 +28,7 @@ _ABSOLUTE_TOLERANCE = 2.0**-23
 _QUANTISED_TOLERANCE = 0.6
 
 
+@torch.no_grad()
 def take_fingerprint(get: Callable[[str], Tensor], names: Sequence[str]) -> str:
     """Sample the base's value of the parameters an adapter changes.
 
@@ -48,6 +49,7 @@ def largest_fingerprint(parameters: int) -> int:
     return -(-2 * samples // 3) * 4
 
 
+@torch.no_grad()
 def check_fingerprint(fingerprint: str, parameters: Mapping[str, Tensor | Elements], base: str) -> None:
     """Refuse a base model whose weights are not those the adapter was made for.
 
@@ -117,7 +119,6 @@ class Elements(Protocol):
     def elements(self, positions: Tensor) -> Tensor: ...
 
 
-@torch.no_grad()
 def sample(parameter: Tensor | Elements, count: int) -> Tensor:
     """``count`` elements at fixed positions spread over a parameter, where and as it has them."""
     positions = _positions(parameter.numel(), count)

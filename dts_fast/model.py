@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adapter_file import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Adapter, load_adapter, locate_adapter
+from .adapter_file import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Adapter, locate_adapter, open_adapter
 from .apart import Apart
 from .arenas import Arenas
 from .atomic import staged_directory
-from .attach import LiveModel
+from .attach import LiveModel, Owned
 from .bank import Bank, VectorTable
 from .base import load_base
 from .batch import BatchRoute, LeasedRoute, has_uneven_images, leave_batch, main_input, tokens_a_row
@@ -170,14 +170,14 @@ class DTSModel(nn.Module):
             CheckpointError: the base cannot be read.
         """
         source = _Source.of(locate_adapter(adapter), verify_base)
-        loaded = load_adapter(source.folder, mapped=True)
+        loaded, verify = open_adapter(source.folder)
         if not isinstance(base_model, nn.Module):
             base_model = load_base(base_model, loaded.config["model_config"], model_kwargs)
         model = cls(
             base_model, max_adapters, max_rank=max_rank, max_bytes=max_bytes, eviction=eviction, prepack=prepack
         )
         try:
-            model._attach(loaded, adapter_name, source, verify_base=verify_base)
+            model._attach(loaded, adapter_name, source, verify, verify_base=verify_base)
         except BaseException:
             model._remove_hooks()
             raise
@@ -208,8 +208,8 @@ class DTSModel(nn.Module):
         if not (replace and adapter_name in self.slots.names):
             self.slots.check_new(adapter_name)
         source = _Source.of(locate_adapter(adapter), verify_base)
-        loaded = load_adapter(source.folder, mapped=True)
-        self._attach(loaded, adapter_name, source, verify_base=verify_base, replace=replace)
+        loaded, verify = open_adapter(source.folder)
+        self._attach(loaded, adapter_name, source, verify, verify_base=verify_base, replace=replace)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -612,9 +612,9 @@ class DTSModel(nn.Module):
         if wanted():
             now = _Source.of(source.folder, source.verify_base)
             try:
-                adapter = load_adapter(source.folder, verify_checksum=now != source, mapped=True)
+                adapter, verify = open_adapter(source.folder, verify_checksum=now != source)
                 checks = source.verify_base and now != source  # it may be another adapter by now
-                self._attach(adapter, name, now, verify_base=checks, replace=True, keep=keep, wanted=wanted)
+                self._attach(adapter, name, now, verify, verify_base=checks, replace=True, keep=keep, wanted=wanted)
             except (AdapterFormatError, BaseMismatchError) as error:
                 raise type(error)(f"adapter {name!r} was evicted, and cannot be loaded again: {error}") from error
 
@@ -623,29 +623,22 @@ class DTSModel(nn.Module):
         adapter: Adapter,
         name: str,
         source: _Source,
+        verify: Callable[[], None],
         *,
         verify_base: bool,
         replace: bool = False,
         keep: Iterable[str] = (),
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        owned, live = self._live.owners(adapter)
-        # T5's, which goes with its tie; rows of one call cannot differ in it.
-        scaled = adapter.config["model_config"].get("scale_decoder_outputs")
-        if scaled is not None and scaled != getattr(
-            getattr(self.model, "config", None), "scale_decoder_outputs", scaled
-        ):
-            raise BaseMismatchError(
-                f"the fine-tune sets scale_decoder_outputs to {scaled}, the base does not: one model cannot do both. "
-                "Serve it alone (dts-fast export full)."
-            )
-        for path, parameters in owned.items():
-            own = self._wrappers.get(path) or DTSModule(self._live.modules[path], slots=self.slots)
-            own.check_parameters(parameters, path)
-        if verify_base:
-            self._live.check_base(adapter, live)
+        """Load an adapter that `open_adapter` has read, and that ``verify`` verifies before anything can use it."""
+        try:
+            owned = self._check_attachable(adapter, verify_base)
+        except DTSError:
+            verify()  # what is damaged is to be called that, whatever it looks like
+            raise
 
         def publish() -> None:
+            verify()
             if self._sources.get(name) != source:
                 self._apart.forget(name)
             self._sources[name], self.adapter_configs[name] = source, adapter.config
@@ -668,6 +661,29 @@ class DTSModel(nn.Module):
         finally:
             with self.slots.loading:
                 self._attaching -= 1
+
+    def _check_attachable(self, adapter: Adapter, verify_base: bool) -> Owned:
+        """What an adapter has for each layer.
+
+        Raises:
+            BaseMismatchError: it is of another base, or changes what rows of one call must share.
+        """
+        owned, live = self._live.owners(adapter)
+        # T5's, which goes with its tie; rows of one call cannot differ in it.
+        scaled = adapter.config["model_config"].get("scale_decoder_outputs")
+        if scaled is not None and scaled != getattr(
+            getattr(self.model, "config", None), "scale_decoder_outputs", scaled
+        ):
+            raise BaseMismatchError(
+                f"the fine-tune sets scale_decoder_outputs to {scaled}, the base does not: one model cannot do both. "
+                "Serve it alone (dts-fast export full)."
+            )
+        for path, parameters in owned.items():
+            own = self._wrappers.get(path) or DTSModule(self._live.modules[path], slots=self.slots)
+            own.check_parameters(parameters, path)
+        if verify_base:
+            self._live.check_base(adapter, live)
+        return owned
 
 
 @dataclass(frozen=True)

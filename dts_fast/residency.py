@@ -15,6 +15,7 @@ from .bank import give_back_memory
 from .errors import CapacityError
 from .nn import DTSModule
 from .nn.module import Parameter
+from .paging import Writes
 from .slots import BASE, SlotTable
 
 # What a load writes: wrapper and its parameters.
@@ -76,8 +77,10 @@ class Residency:
             return all(wrapper.fits(parameters, without) for wrapper, parameters in parts)
 
         def write(slot: int) -> None:
+            writes = Writes()
             for wrapper, parameters in parts:
-                wrapper.load_slot(slot, parameters)
+                wrapper.load_slot(slot, parameters, writes)
+            writes.write()
             publish()
 
         def where() -> str:

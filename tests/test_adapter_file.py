@@ -230,6 +230,28 @@ def test_wrong_configs_are_refused(saved, changes, message):
         load_adapter(saved)
 
 
+def test_a_layout_that_is_known_is_another_one_with_another_config(saved):
+    """What equal headers share is checked once; the shapes that a config declares belong to it."""
+    adapter = load_adapter(saved)
+    assert {n: p.shape for n, p in load_adapter(saved).deltas.items()} == {
+        n: p.shape for n, p in adapter.deltas.items()
+    }
+    shapes = json.loads((saved / CONFIG_NAME).read_text())["shapes"]
+    set_config(saved, shapes=shapes | {name: [50, 50] for name in shapes})
+    with pytest.raises(AdapterFormatError, match="inconsistent"):
+        load_adapter(saved)
+    set_config(saved, shapes=shapes)
+    assert load_adapter(saved).deltas.keys() == adapter.deltas.keys()
+
+
+def test_a_known_header_of_a_file_that_ends_too_soon(saved):
+    load_adapter(saved)
+    weights = saved / WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(AdapterFormatError, match="damaged"):
+        load_adapter(saved, verify_checksum=False)
+
+
 def test_a_header_that_lies_about_its_size_allocates_nothing(saved):
     text = b'{"a.u_codes":{"dtype":"U8","shape":[1099511627776,4],"data_offsets":[0,4398046511104]}}'
     (saved / WEIGHTS_NAME).write_bytes(struct.pack("<Q", len(text)) + text)

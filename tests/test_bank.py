@@ -9,6 +9,7 @@ import torch
 from dts_fast import bank as bank_module
 from dts_fast.bank import Arena, Bank, give_back_memory
 from dts_fast.errors import CapacityError
+from dts_fast.paging import send_lists
 
 
 def pages(count: int, value: int) -> torch.Tensor:
@@ -144,10 +145,9 @@ def test_lists_are_the_same_on_another_device():
     for _ in range(2):
         bank = Bank(128, 3, parts=2, arena=Arena(6, 3))
         banks.append(bank)
-    banks[0]._list(lists, 0.5)
-    banks[1]._send(lists, 0.5)
     own = torch.tensor([0.25, 2.0])
+    banks[0]._list(lists, 0.5)
     banks[0]._list({0: [1, 3]}, own)
-    banks[1]._send({0: [1, 3]}, own)
+    send_lists([*((banks[1], row, pages, 0.5) for row, pages in lists.items()), (banks[1], 0, [1, 3], own)])
     for name, tensor in zip(("pages", "slot_pages", "slot_weights"), banks[0].tensors, strict=True):
         assert torch.equal(tensor, getattr(banks[1], name)), name

@@ -19,8 +19,9 @@ import torch
 
 from dts_fast import Adapter, CodedVector, DeltaSum, fit, fit_vector, load_adapter, save_adapter
 from dts_fast.adapter_file import CONFIG_NAME, WEIGHTS_NAME
+from dts_fast.bank import Bank
+from dts_fast.codes import PageLayout
 from dts_fast.errors import DTSError
-from dts_fast.paging import pages_of
 
 CASES = int(os.environ.get("DTS_FAST_FUZZ", "600"))
 CHUNK = 200
@@ -168,7 +169,7 @@ def test_hostile_files_are_refused_or_read(sound, tmp_path, chunk):
                 if isinstance(parameter, torch.Tensor):
                     parameter.sum()
                 elif hasattr(parameter, "u") and parameter.u.n * parameter.v.n < 1 << 20:
-                    pages_of(parameter)
+                    Bank(PageLayout(parameter.u.n, parameter.v.n).nbytes, 1).load_deltas(0, {0: parameter})
                     parameter.dequantize()
             outcomes["read"] += 1
         except DTSError:

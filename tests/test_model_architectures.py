@@ -474,9 +474,9 @@ def test_a_load_stopped_half_way_leaves_nothing_in_its_slot(tmp_path, monkeypatc
     model.delete_adapter("b")
     calls = []
 
-    def stop(self, slot, parameters, original=DTSLinear.load_slot):
+    def stop(self, slot, parameters, writes, original=DTSLinear.load_slot):
         calls.append(slot)
-        original(self, slot, parameters)
+        original(self, slot, parameters, writes)
         if len(calls) == 3:
             raise MemoryError
 

@@ -14,8 +14,9 @@ import torch
 from conftest import write_checkpoint
 from torch import nn
 
-from dts_fast import DTSConfig, DTSModel, bank, compress, route
+from dts_fast import DTSConfig, DTSModel, compress, route
 from dts_fast.errors import AdapterFormatError, BaseMismatchError, CapacityError, DTSError, UnknownAdapterError
+from dts_fast.paging import Writes
 
 model_module = importlib.import_module("dts_fast.model")
 NAMES = ["a", "b", "c", "d"]
@@ -227,8 +228,8 @@ def test_a_load_that_fails_leaves_everything_as_it_was(folder, expected, monkeyp
     before = contents(model)
     last = list(model._wrappers.values())[-1]
 
-    def fail(slot, parameters, original=last.load_slot):
-        original(slot, parameters)
+    def fail(slot, parameters, writes, original=last.load_slot):
+        original(slot, parameters, writes)
         raise MemoryError
 
     shutil.copytree(folder / "d", tmp_path / "damaged")
@@ -409,19 +410,43 @@ def test_what_cannot_be_done_leaves_no_pin_and_no_lease(folder, monkeypatch):
     model.load_adapter(folder / "b", "again")
 
 
-def test_a_load_that_fails_while_pages_are_written_loses_none(folder, expected, monkeypatch):
+def test_a_damaged_file_is_found_before_anything_can_use_it(folder, expected, tmp_path):
+    """The checksum is computed while pages are written."""
+    shutil.copytree(folder / "b", tmp_path / "b")
+    weights = tmp_path / "b" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    model = make_model(folder, max_adapters=2, max_rank=7)
+    layers = dict(model.model.named_children())
+    with pytest.raises(AdapterFormatError, match="damaged"):
+        model.load_adapter(tmp_path / "b", "b")  # the first: no layer stays wrapped for it
+    assert (dict(model.model.named_children()), model.adapter_names) == (layers, [])
+    model.load_adapter(folder / "a", "a")
+    before = contents(model)
+    for settings in ({}, {"adapter_name": "a", "replace": True}):
+        with pytest.raises(AdapterFormatError, match="damaged"):
+            model.load_adapter(tmp_path / "b", **({"adapter_name": "b"} | settings))
+        assert contents(model) == before
+    check(model, expected, "a")
+    with pytest.raises(AdapterFormatError, match="damaged"):
+        DTSModel.from_pretrained(model.merge_and_unload("__base__"), tmp_path / "b", "b")
+
+
+@pytest.mark.parametrize("fails", ["add_pages", "write"])  # between two layers, and when all are written
+def test_a_load_that_fails_while_pages_are_written_loses_none(folder, expected, monkeypatch, fails):
     model = make_model(folder, max_adapters=2, max_rank=7)
     model.load_adapter(folder / "a", "a")
     before = contents(model)
-    calls = []
+    calls, original = [], getattr(Writes, fails)
 
-    def fail(delta, out=None, original=bank.pages_of):
-        calls.append(delta)
-        if len(calls) == 2:
+    def fail(*args):
+        calls.append(args)
+        if fails == "write" or len(calls) == 2:
             raise MemoryError
-        return original(delta, out)
+        return original(*args)
 
-    monkeypatch.setattr(bank, "pages_of", fail)
+    monkeypatch.setattr(Writes, fails, fail)
     with pytest.raises(MemoryError):
         model.load_adapter(folder / "b", "b")
     monkeypatch.undo()
@@ -441,7 +466,7 @@ def test_a_refused_first_adapter_leaves_the_model_as_it_was(folder, expected):
 def test_a_failed_load_gives_back_the_memory_of_the_layers_it_was_the_first_to_change(folder, monkeypatch):
     model = make_model(folder, max_bytes=60_000)
     left, layers = model._arenas.left, dict(model.model.named_children())
-    monkeypatch.setattr(bank, "pages_of", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(Writes, "write", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.load_adapter(folder / "a", "a")
     assert (model._arenas.left, dict(model.model.named_children()), model._wrappers) == (left, layers, {})
@@ -459,7 +484,7 @@ def test_a_reload_does_not_undo_what_happened_meanwhile(folder, expected, monkey
             model.load_adapter(folder / name, name)
         assert "x" not in model.resident_adapters
 
-        def read(*args, original=model_module.load_adapter, model=model, meanwhile=meanwhile, **kwargs):
+        def read(*args, original=model_module.open_adapter, model=model, meanwhile=meanwhile, **kwargs):
             monkeypatch.undo()
             adapter = original(*args, **kwargs)
             thread = threading.Thread(
@@ -473,7 +498,7 @@ def test_a_reload_does_not_undo_what_happened_meanwhile(folder, expected, monkey
             thread.join(20)
             return adapter
 
-        monkeypatch.setattr(model_module, "load_adapter", read)
+        monkeypatch.setattr(model_module, "open_adapter", read)
         if meanwhile == "replace":
             assert torch.equal(model(IDS, adapter_names="x"), expected["d"])
         else:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "../check.h"
 #include "paging.h"
@@ -18,37 +19,85 @@ bool fits(const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
 }
 
 void check(const at::Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef sizes) {
-  expect(fits(t, dtype, sizes), name, "contiguous " + dtype_text(dtype) + " " + shape_text(sizes), t);
+  if (fits(t, dtype, sizes)) return;  // before the message is made, which takes longer than a small page
+  expect(false, name, "contiguous " + dtype_text(dtype) + " " + shape_text(sizes), t);
 }
 
-void write_pages(at::Tensor& pages, const at::Tensor& u_codes, const at::Tensor& u_levels, const at::Tensor& s,
-                 const at::Tensor& v_codes, const at::Tensor& v_levels, int64_t n, int64_t k) {
-  const int64_t rank = s.dim() == 1 ? s.size(0) : -1, nbytes = page_nbytes(n, k);
-  expect(rank >= 0 && fits(s, at::kFloat, {rank}), "s", "contiguous float32 [r]", s);
-  check(u_codes, "u_codes", at::kByte, {rank, (n + 3) / 4});
-  check(v_codes, "v_codes", at::kByte, {rank, (k + 3) / 4});
-  check(u_levels, "u_levels", at::kFloat, {4});
-  check(v_levels, "v_levels", at::kFloat, {4});
-  check(pages, "pages", at::kByte, {tiles(rank), nbytes});
-  const FileDelta delta = {
-      {u_codes.const_data_ptr<uint8_t>(), (n + 3) / 4, n, u_levels.const_data_ptr<float>()},
-      {v_codes.const_data_ptr<uint8_t>(), (k + 3) / 4, k, v_levels.const_data_ptr<float>()},
-      s.const_data_ptr<float>(),
-      rank,
-  };
-  uint8_t* const out = pages.mutable_data_ptr<uint8_t>();
-  const int64_t of_v = tiles(k), of_page = of_v + tiles(n);
+// One delta and where its pages lie.
+struct Job {
+  FileDelta delta;
+  uint8_t* pages;
+  int64_t page_nbytes;
+  const int64_t* numbers;  // of its pages
+  int64_t of_v, of_page;   // tiles of a page: of V, and of V and U
+  int64_t first;           // of its tiles among those of all jobs
+};
+
+// Tiles [begin, end) of a job's pages.
+void write(const Job& job, int64_t begin, int64_t end) {
+  while (begin < end) {
+    const int64_t page = begin / job.of_page, first = begin % job.of_page;
+    const int64_t last = std::min(job.of_page, end - page * job.of_page);
+    uint8_t* const data = job.pages + job.numbers[page] * job.page_nbytes;
+    uint8_t* const u_tiles = data + kVOffset + job.of_v * kTileBytes;
+    if (first == 0) write_head(job.delta, page, data, kVOffset + job.of_page * kTileBytes, job.page_nbytes);
+    write_v_tiles(job.delta, page, first, std::min(last, job.of_v), data + kVOffset);
+    write_u_tiles(job.delta, page, std::max(first, job.of_v) - job.of_v, last - job.of_v, u_tiles);
+    begin = page * job.of_page + last;
+  }
+}
+
+void write_pages(at::TensorList pages, at::TensorList u_codes, at::TensorList u_levels, at::TensorList s,
+                 at::TensorList v_codes, at::TensorList v_levels, at::IntArrayRef n, at::IntArrayRef k,
+                 at::IntArrayRef numbers) {
+  const size_t count = pages.size();
+  TORCH_CHECK_VALUE(u_codes.size() == count && u_levels.size() == count && s.size() == count &&
+                        v_codes.size() == count && v_levels.size() == count && n.size() == count && k.size() == count,
+                    "dts_fast: write_pages_: expected lists of one length, that of pages: ", count, ".");
+  std::vector<Job> jobs;
+  jobs.reserve(count);
+  int64_t total = 0;
+  size_t listed = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t rank = s[i].dim() == 1 ? s[i].size(0) : -1, nbytes = page_nbytes(n[i], k[i]);
+    expect(rank >= 0 && fits(s[i], at::kFloat, {rank}), "s", "contiguous float32 [r]", s[i]);
+    check(u_codes[i], "u_codes", at::kByte, {rank, (n[i] + 3) / 4});
+    check(v_codes[i], "v_codes", at::kByte, {rank, (k[i] + 3) / 4});
+    check(u_levels[i], "u_levels", at::kFloat, {4});
+    check(v_levels[i], "v_levels", at::kFloat, {4});
+    const int64_t held = pages[i].dim() == 2 ? pages[i].size(0) : -1, own = tiles(rank);
+    check(pages[i], "pages", at::kByte, {held, nbytes});
+    TORCH_CHECK_VALUE(listed + own <= numbers.size(),
+                      "dts_fast: numbers: expected one for each page of each delta, got ", numbers.size(), ".");
+    for (int64_t page = 0; page < own; ++page) {
+      const int64_t number = numbers[listed + page];
+      TORCH_CHECK_VALUE(number >= 0 && number < held, "dts_fast: numbers: expected pages below ", held, ", got ",
+                        number, ".");
+    }
+    jobs.push_back({{{u_codes[i].const_data_ptr<uint8_t>(), (n[i] + 3) / 4, n[i], u_levels[i].const_data_ptr<float>()},
+                     {v_codes[i].const_data_ptr<uint8_t>(), (k[i] + 3) / 4, k[i], v_levels[i].const_data_ptr<float>()},
+                     s[i].const_data_ptr<float>(),
+                     rank},
+                    pages[i].mutable_data_ptr<uint8_t>(),
+                    nbytes,
+                    numbers.data() + listed,
+                    tiles(k[i]),
+                    tiles(k[i]) + tiles(n[i]),
+                    total});
+    total += own * jobs.back().of_page;
+    listed += own;
+  }
+  TORCH_CHECK_VALUE(listed == numbers.size(), "dts_fast: numbers: expected ", listed, ", one for each page, got ",
+                    numbers.size(), ".");
   // Tiles that are worth waking a thread for: some 80 microseconds, as calls that run beside a load have threads, too.
   constexpr int64_t kGrain = 1 << 12;
-  at::parallel_for(0, pages.size(0) * of_page, kGrain, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t page = begin / of_page, first = begin % of_page, last = std::min(of_page, end - page * of_page);
-      uint8_t* const data = out + page * nbytes;
-      uint8_t* const u_tiles = data + kVOffset + of_v * kTileBytes;
-      if (first == 0) write_head(delta, page, data, kVOffset + of_page * kTileBytes, nbytes);
-      write_v_tiles(delta, page, first, std::min(last, of_v), data + kVOffset);
-      write_u_tiles(delta, page, std::max(first, of_v) - of_v, last - of_v, u_tiles);
-      begin = page * of_page + last;
+  at::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+    auto after =
+        std::upper_bound(jobs.begin(), jobs.end(), begin, [](int64_t at, const Job& j) { return at < j.first; });
+    for (auto job = after - 1; begin < end; ++job) {
+      const int64_t last = job + 1 == jobs.end() ? end : std::min(end, job[1].first);
+      write(*job, begin - job->first, last - job->first);
+      begin = last;
     }
   });
 }

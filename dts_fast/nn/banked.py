@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..bank import Arena, Bank, VectorTable, page_count
 from ..codes import PageLayout, as_matrix, from_pages, is_matrix, num_pages
+from ..paging import Writes
 from ..routing import Slots
 from ..slots import SlotTable
 from .module import DTSModule, Parameter
@@ -43,12 +44,12 @@ class BankedModule(DTSModule):
         # Which parameters each slot changes; a slot that is not here costs the layer nothing.
         self.loaded: dict[int, frozenset[str]] = {}
 
-    def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
+    def load_slot(self, slot: int, parameters: Mapping[str, Parameter], writes: Writes | None = None) -> None:
         given, parameters = parameters, {name: as_matrix(p) for name, p in parameters.items()}
         if not _are_deltas(parameters):
-            return super().load_slot(slot, given)
+            return super().load_slot(slot, given, writes)
         if "weight" in parameters:
-            self.bank.load_deltas(slot, {0: self._for_pages(parameters["weight"])})
+            self.bank.load_deltas(slot, {0: self._for_pages(parameters["weight"])}, writes)
         if "bias" in parameters:
             self.biases.load(slot, parameters["bias"])
         self.loaded[slot] = frozenset(parameters)

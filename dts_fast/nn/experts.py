@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..bank import Arena, Bank, page_count
 from ..codes import PageLayout, from_pages, is_matrix
+from ..paging import Writes
 from ..pieces import Piece
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
@@ -80,12 +81,13 @@ class DTSExperts(DTSModule):
         """Between a parameter's orientation and its bank's ``[N, K]``; its own inverse."""
         return matrix.transpose() if self.transposed and not key.endswith("_bias") else matrix
 
-    def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
+    def load_slot(self, slot: int, parameters: Mapping[str, Parameter], writes: Writes | None = None) -> None:
         by_bank = self._by_bank(parameters)
         if by_bank is None:
-            return super().load_slot(slot, parameters)
+            return super().load_slot(slot, parameters, writes)
         for key, deltas in by_bank.items():
-            self.banks[key].load_deltas(slot, {e: self._oriented(key, delta) for e, delta in deltas.items()})
+            oriented = {expert: self._oriented(key, delta) for expert, delta in deltas.items()}
+            self.banks[key].load_deltas(slot, oriented, writes)
         self.loaded[slot] = frozenset(parameters)
         return None
 

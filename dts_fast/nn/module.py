@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ..codes import Delta, LowRankDelta, owned
 from ..errors import BaseMismatchError, DTSError, MixedBatchError, NeverMixedError
 from ..mixture import mix
+from ..paging import Writes
 from ..pieces import Piece
 from ..routing import ROUTES, Slots, all_base, current_route, current_slots, narrowed
 from ..slots import SlotTable
@@ -288,8 +289,8 @@ class DTSModule(nn.Module):
         """Whether a slot changes a parameter."""
         return is_changed(name, self.stored.get(slot, ()))
 
-    def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
-        """`load_adapter` for a slot of a shared table, with checked parameters."""
+    def load_slot(self, slot: int, parameters: Mapping[str, Parameter], writes: Writes | None = None) -> None:
+        """`load_adapter` for a slot of a shared table, with checked parameters; pages may be left to ``writes``."""
         self.stored[slot] = {n: p if isinstance(p, Tensor) else owned(p) for n, p in parameters.items()}
 
     def clear_slot(self, slot: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..bank import VectorTable
 from ..codes import is_matrix
+from ..paging import Writes
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
 from .module import DTSModule, Parameter
@@ -34,9 +35,9 @@ class DTSNorm(DTSModule):
         self.tables = nn.ModuleDict(tables)
         self.loaded: dict[int, frozenset[str]] = {}
 
-    def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
+    def load_slot(self, slot: int, parameters: Mapping[str, Parameter], writes: Writes | None = None) -> None:
         if any(isinstance(p, Tensor) or is_matrix(p) for p in parameters.values()):
-            return super().load_slot(slot, parameters)
+            return super().load_slot(slot, parameters, writes)
         for name, delta in parameters.items():
             self.tables[name].load(slot, delta)
         self.loaded[slot] = frozenset(parameters)

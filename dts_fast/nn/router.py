@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .. import ops
 from ..bank import Arena
+from ..paging import Writes
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
 from .banked import BankedModule
@@ -44,11 +45,11 @@ class DTSRouter(BankedModule):
         super().__init__(base_layer, tuple(base_layer.weight.shape), max_adapters, slots, None, arena)
         self.as_expected = True
 
-    def load_slot(self, slot: int, parameters: Mapping[str, Parameter]) -> None:
+    def load_slot(self, slot: int, parameters: Mapping[str, Parameter], writes: Writes | None = None) -> None:
         if self.as_expected and parameters.keys() <= {"weight", "bias"}:
-            super().load_slot(slot, parameters)
+            super().load_slot(slot, parameters, writes)
         else:
-            DTSModule.load_slot(self, slot, parameters)
+            DTSModule.load_slot(self, slot, parameters, writes)
 
     def forward(self, *args, **kwargs):
         if all_base():
