@@ -195,7 +195,8 @@ class Bank(nn.Module):
         rows = {slot * self.parts + part: count for part, count in counts.items()}
         self._make_room(most, new=total, reusable=sum(len(self._only_in(row)) for row in rows))
         self._empty(rows)
-        taken, self._free = self._free[:total], self._free[total:]
+        taken = self._free[:total]
+        del self._free[:total]  # in place, as everywhere here: a module looks at what is set on it
         left = iter(taken)
         lists = {row: list(islice(left, count)) for row, count in rows.items() if count}
         try:
@@ -203,7 +204,7 @@ class Bank(nn.Module):
             self._list(lists, weight, writes)
         except BaseException:
             if not any(row in self._listed for row in lists):
-                self._free = taken + self._free
+                self._free[:0] = taken
             raise
 
     @_outside_inference_mode
@@ -251,7 +252,7 @@ class Bank(nn.Module):
                     self._users[page] = left
                 else:
                     freed.append(page)
-        self._free += freed
+        self._free.extend(freed)
         self._free.sort()
 
     def listed(self, slot: int, part: int = 0) -> tuple[Tensor, Tensor]:
@@ -263,7 +264,7 @@ class Bank(nn.Module):
     def _list(self, lists: Mapping[int, list[int]], weights: Tensor | float, writes: Writes | None = None) -> None:
         """Let rows list pages, all with one weight, or a single row's with its own."""
         # First: whatever stops this half way, `evict` knows what to clear.
-        self._listed |= lists
+        self._listed.update(lists)
         _, slot_pages, slot_weights = self.tensors
         if slot_pages.is_cpu:  # numpy takes a tenth of the time for so few numbers
             for row, pages in lists.items():
