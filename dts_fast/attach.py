@@ -13,6 +13,7 @@ from .adapter_file import Adapter, Parameter
 from .checkpoint import common_prefix
 from .errors import BaseMismatchError
 from .fingerprint import Elements, check_fingerprint
+from .growth import added_rows_of, grown_parameter
 from .nn.module import has_features, is_plain
 from .nn.parameters import named_tensors, tensor_of
 from .pieces import Piece
@@ -92,7 +93,8 @@ class LiveModel:
             self._check_servable(live)
             return owned, live
         pieces = {name: piece for name in adapter.parameters if (piece := Piece.named(name)) is not None}
-        theirs = {pieces[name].parameter if name in pieces else name for name in adapter.parameters}
+        tables = {name: grown_parameter(name) or name for name in adapter.parameters}
+        theirs = {pieces[name].parameter if name in pieces else tables[name] for name in adapter.parameters}
         strip, add = common_prefix(self._names_in_checkpoint, theirs)
         live = {add + name.removeprefix(strip): own for name, own in self._names_in_checkpoint.items()}
         for name, piece in pieces.items():  # of a stack in the checkpoint, which is one in the model
@@ -109,7 +111,8 @@ class LiveModel:
             )
         owned, places, known = {}, [], True
         for name, parameter in adapter.parameters.items():
-            if name not in live:
+            table = tables[name]
+            if table not in live:
                 known = False
                 warnings.warn(
                     f"{type(self.root).__name__} has no parameter {name!r}, which the adapter stores whole; it is "
@@ -117,12 +120,13 @@ class LiveModel:
                     stacklevel=4,
                 )
                 continue
-            for path, leaf in self._owners(live[name]):
+            for path, leaf in self._owners(live[table]):
                 # Where the fine-tune has untied what the base ties, an alias with an entry of its own has that, and a
                 # head that comes whole is not the table.
-                alias = of_live.get(f"{path}.{leaf}", name)
-                untied = isinstance(parameter, Tensor) and live[name] != self._aliases[live[name]][0]
-                if alias == name or not (alias in adapter.parameters or (untied and tied.get(alias) != name)):
+                alias = of_live.get(f"{path}.{leaf}", table)
+                untied = isinstance(parameter, Tensor) and live[table] != self._aliases[live[table]][0]
+                if alias == table or not (alias in adapter.parameters or (untied and tied.get(alias) != table)):
+                    leaf = leaf if table == name else added_rows_of(leaf)
                     owned.setdefault(path, {})[leaf] = parameter
                     places.append((name, path, leaf))
         live = {name: live[name] for name in adapter.deltas}

@@ -14,6 +14,20 @@ from .errors import CheckpointError, DTSError
 _OF_THE_BASE = ("tie_word_embeddings", "vocab_size", "scale_decoder_outputs")
 
 
+def _changed(own: Mapping[str, object], changed: Mapping[str, object]) -> dict[str, object]:
+    """The base's settings with those of the fine-tune that go with its class; also within nested ones (a text model's
+    within those of a model for images and text)."""
+    settings = {**own, **changed}
+    for key in _OF_THE_BASE:
+        settings.pop(key, None)
+        if key in own:
+            settings[key] = own[key]
+    for key, value in changed.items():
+        if isinstance(value, Mapping) and isinstance(own.get(key), Mapping):
+            settings[key] = _changed(own[key], value)
+    return settings
+
+
 def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:
     """The base's weights in the model class of the fine-tune.
 
@@ -34,8 +48,8 @@ def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwarg
         ) from error
     checkpoint = Checkpoint.open(base_model)
     # A base that ties its head stays tied: an untied head of the fine-tune comes whole with the adapter.
-    # Nor has it more tokens than it has: a table that the fine-tune has resized comes whole, too.
-    settings = {**checkpoint.config, **{k: v for k, v in changed.items() if k not in _OF_THE_BASE}}
+    # Nor has it more tokens than it has: those that a fine-tune has added come with the adapter, too.
+    settings = _changed(checkpoint.config, changed)
     if not checkpoint.config:
         raise CheckpointError(f"{base_model}: expected a config.json beside the weights, found none.")
     architecture = (settings.get("architectures") or [None])[0]

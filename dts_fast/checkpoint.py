@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import CheckpointError
+from .growth import grown_like
 from .pieces import Piece
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -285,17 +286,19 @@ class Pairing:
     """Which tensors of a fine-tune stand against which of its base. Keys are the base's names, sorted.
 
     Attributes:
-        pairs: base name to fine-tune name; floating point and of equal shape.
+        pairs: base name to fine-tune name; floating point and of equal shape, apart from rows that were added.
         added: name to fine-tune name, for tensors that are stored whole: those the base does not have (new heads), and
             running variances.
         tied: base name of a tensor that both checkpoints hold as a copy of another, to that other's name.
         skipped: name to reason, for everything that takes no part.
+        grown: those of the pairs to which the fine-tune has added rows: tables and heads with more tokens.
     """
 
     pairs: Mapping[str, str]
     added: Mapping[str, str]
     tied: Mapping[str, str]
     skipped: Mapping[str, str]
+    grown: frozenset[str]
 
 
 def pair_tensors(
@@ -324,7 +327,9 @@ def pair_tensors(
                 f"--{option} {pattern!r} matches no tensor of {base.source}; its names are like "
                 f"{_listing(sorted(base.tensors)[:3])}."
             )
-    pairs, added, tied, skipped, missing, shapes = {}, {}, {}, {}, [], []
+    pairs, added, tied, skipped, grown, missing, shapes = {}, {}, {}, {}, set(), [], []
+    both = {n: (base.tensors[n].shape, model.tensors[t].shape) for n, t in model_name.items() if n in base.tensors}
+    tables = [shapes for name, shapes in both.items() if is_embedding(name, shapes[0])]
     for name in sorted(base.tensors.keys() | model_name.keys()):
         ours, theirs = base.tensors.get(name), model.tensors.get(model_name.get(name, ""))
         present = theirs or ours
@@ -350,6 +355,9 @@ def pair_tensors(
                 added[name] = model_name[name]
             else:
                 tied[name] = add + twin.removeprefix(strip)
+        elif ours.shape != theirs.shape and grown_like(tables, ours.shape, theirs.shape):
+            pairs[name] = model_name[name]
+            grown.add(name)
         elif ours.shape != theirs.shape:
             shapes.append(f"{name}: base {list(ours.shape)}, fine-tune {list(theirs.shape)}")
         elif name.endswith("running_var") and not torch.equal(
@@ -375,7 +383,7 @@ def pair_tensors(
         del pairs[name]
         tied[name] = twin
     skipped |= {name: f"tied to {twin}" for name, twin in tied.items()}
-    return Pairing(pairs, added, tied, skipped)
+    return Pairing(pairs, added, tied, skipped, frozenset(grown & pairs.keys()))
 
 
 def is_embedding(name: str, shape: tuple[int, ...]) -> bool:

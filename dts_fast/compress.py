@@ -135,6 +135,7 @@ class _Work:
     def delta(self, name: str) -> Tensor:
         """Fine-tune minus base, float32 (float64 where either is float64), on the device where it is fitted."""
         before, after = self.base.get(name), self.fine_tune.get(self.plan.pairs[name])
+        after = after[: len(before)] if before.dim() else after  # what was added has no delta
         dtype = torch.float64 if torch.float64 in (after.dtype, before.dtype) else torch.float32
         return after.to(self.config.device, dtype) - before.to(self.config.device, dtype)
 
@@ -153,6 +154,7 @@ class _Work:
         """A parameter as the adapter holds it and its relative error; or why the adapter does without."""
         if name in self.plan.whole:
             whole = self.fine_tune.get(self.plan.whole[name])
+            whole = whole[self.plan.first_added[name] :].clone() if name in self.plan.first_added else whole
             checked(whole, name)
             return whole, 0.0
         if name in self.plan.matrices and rank and (known := self.journal.get("fit", name)) is not None:

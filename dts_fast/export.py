@@ -12,6 +12,7 @@ from .checkpoint import Checkpoint
 from .dense import write_like
 from .errors import BaseMismatchError
 from .fingerprint import check_fingerprint
+from .growth import added_rows_of, grown_parameter
 
 
 def export_full(
@@ -42,7 +43,9 @@ def export_full(
         changed += tensor is not None
         return base.get(name) if tensor is None else tensor
 
-    added = {name: p for name, p in adapter.parameters.items() if name not in base.tensors}
+    added = {
+        name: p for name, p in adapter.parameters.items() if name not in base.tensors and grown_parameter(name) is None
+    }
     if adapter.config["model_config"].get("tie_word_embeddings") is False:  # it expects what it had tied to be there
         for name, twin in adapter.config["tied"].items():
             if name not in base.tensors:
@@ -66,19 +69,30 @@ def check_base(adapter: Adapter, base: Checkpoint) -> None:
                 f"{base.source} is not the adapter's base {expected}: tensor {name!r} of shape "
                 f"{list(parameter.shape)} expected, got {list(info.shape) if info else 'none'}."
             )
+    for name, rows in adapter.parameters.items():
+        grown = grown_parameter(name)
+        info = base.tensors.get(grown) if grown is not None else None
+        if grown is not None and (info is None or tuple(rows.shape[1:]) != info.shape[1:]):
+            raise BaseMismatchError(
+                f"{base.source} is not the adapter's base {expected}: {name!r} has rows of {list(rows.shape[1:])}, the "
+                f"base's {grown!r} {f'those of {list(info.shape[1:])}' if info else 'is missing'}."
+            )
     fingerprint = str(adapter.config["base_fingerprint"])
     check_fingerprint(fingerprint, {name: base.get(name) for name in adapter.deltas}, expected)
 
 
 def _personalised(adapter: Adapter, base: Checkpoint, name: str) -> Tensor | None:
     """A base tensor with the adapter's delta, in the base's dtype; None where the adapter leaves it as it is."""
-    parameter = adapter.parameters.get(name)
-    if parameter is None:
-        parameter = adapter.parameters.get(adapter.config["tied"].get(name, ""))
-    if parameter is None:
-        return None
+    twin = adapter.config["tied"].get(name, "")
+    of_twin = twin in adapter.parameters or added_rows_of(twin) in adapter.parameters
+    source = twin if of_twin and name not in adapter.parameters else name
+    parameter, rows = adapter.parameters.get(source), adapter.parameters.get(added_rows_of(source))
     if isinstance(parameter, Tensor):
         return parameter.clone()  # a tied tensor is written under two names, which must not share memory
-    before = base.get(name)
-    wide = torch.float64 if before.dtype == torch.float64 else torch.float32
-    return (before.to(wide) + parameter.dequantize(wide)).to(before.dtype)
+    if parameter is None and rows is None:
+        return None
+    value = base.get(name)
+    if parameter is not None:
+        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+        value = (value.to(wide) + parameter.dequantize(wide)).to(value.dtype)
+    return value if rows is None else torch.cat([value, rows.to(value.dtype)])

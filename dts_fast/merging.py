@@ -19,6 +19,9 @@ def write_merged(model: nn.Module, layers: Sequence[nn.Module], merged: Sequence
     for layer, parameters in zip(layers, merged, strict=True):
         for name, value in parameters.items():
             values.setdefault(id(tensor_of(layer, name)), []).append((layer, name, value))
+    for layer, parameters in zip(layers, merged, strict=True):
+        for name, value in parameters.items():
+            _resize(model, layer, name, len(value) if value.dim() else 0)
     untied = False
     for shared, places in values.items():
         first = places[0][2]
@@ -33,6 +36,23 @@ def write_merged(model: nn.Module, layers: Sequence[nn.Module], merged: Sequence
         untied = True
     if untied:
         _untie(model)
+
+
+def _resize(model: nn.Module, layer: nn.Module, name: str, rows: int) -> None:
+    """Let a layer, and a language model whose table it is, say how many rows there will be."""
+    old = tensor_of(layer, name)
+    before = old.shape[0] if old.dim() else 0
+    if rows == before:
+        return
+    for attribute in ("num_embeddings", "out_features"):
+        if getattr(layer, attribute, None) == before:
+            setattr(layer, attribute, rows)
+    if not isinstance(layer, nn.Embedding):
+        return
+    for module in model.modules():
+        for config in (getattr(module, "config", None), getattr(getattr(module, "config", None), "text_config", None)):
+            if getattr(config, "vocab_size", None) == before:
+                config.vocab_size = rows
 
 
 def _untie(model: nn.Module) -> None:

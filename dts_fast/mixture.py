@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .codes import Delta, DeltaSum, as_matrix, is_matrix, scaled, terms_of
 from .errors import DTSError
+from .growth import grown_parameter
 
 
 def similarity_weights(characteristic: Tensor, known: Mapping[str, Tensor]) -> dict[str, float]:
@@ -104,12 +105,21 @@ def mix(
             weights do not sum to 1.
 
     Raises:
-        DTSError: whole tensors of different shapes, or such that cannot be mixed without the base.
+        DTSError: whole tensors of different shapes, or such that cannot be mixed without the base; rows that several
+            members have added.
     """
     present = [(weight, parameter) for weight, parameter in members if parameter is not None and weight != 0]
     whole = [(weight, parameter) for weight, parameter in present if isinstance(parameter, Tensor)]
     if not present:
         return None
+    if grown_parameter(name) is not None:  # tokens that the base does not have are no one's but the member's
+        first = present[0][1]
+        if any(not torch.equal(other, first) for _, other in present[1:]):
+            raise DTSError(
+                f"{name!r} differs between the adapters: tokens that several of them have added cannot be mixed. "
+                "Compress without them (--exclude), or keep all but one of them out of the mixture."
+            )
+        return first
     shapes = {tuple(parameter.shape) for _, parameter in present}
     if len(shapes) > 1:
         raise DTSError(

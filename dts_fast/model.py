@@ -440,6 +440,7 @@ class DTSModel(nn.Module):
         tables = {id(m): m for w in wrappers for m in w.modules() if isinstance(m, (Bank, VectorTable))}.values()
         # Tied layers hold the same tensors.
         stored = {id(p): p.nbytes for w in wrappers for held in w.stored.values() for p in held.values()}
+        added = [rows for w in wrappers for held in getattr(w, "added", {}).values() for rows in held.values()]
         own = {id(t): t.nbytes for t in self.model.parameters()}
         # Packed weights are buffers, and no bank's.
         own |= {id(m.packed): m.packed.nbytes for m in self.model.modules() if isinstance(m, PackedLinear)}
@@ -447,12 +448,15 @@ class DTSModel(nn.Module):
 
         def used(slot: int) -> int:
             whole = {id(p): p.nbytes for w in wrappers for p in w.stored.get(slot, {}).values()}
-            return sum(whole.values()) + sum(table.nbytes_of(slot) for table in tables)
+            rows = sum(t.nbytes for w in wrappers for t in getattr(w, "added", {}).get(slot, {}).values())
+            return sum(whole.values()) + rows + sum(table.nbytes_of(slot) for table in tables)
 
         return {
             "base": sum(own.values()),
             "adapters": {name: used(slots[name]) if name in slots else 0 for name in self.slots.names},
-            "reserved": sum(table.nbytes for table in tables) + sum(stored.values()),
+            "reserved": sum(table.nbytes for table in tables)
+            + sum(stored.values())
+            + sum(rows.nbytes for rows in added),
         }
 
     def push_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: object) -> str:

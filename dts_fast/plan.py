@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint, Pairing, is_embedding, pair_tensors
 from .codes import PAGE_RANKS, CodedMatrix, CodedVector, LowRankDelta, matrix_shape, packed_size
 from .config import DTSConfig
 from .fingerprint import largest_fingerprint
+from .growth import added_rows_of
 from .rank import (
     Ranks,
     rank_by_energy,
@@ -28,7 +29,11 @@ from .rank import (
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of every tensor: deltas as matrices or vectors, or stored whole."""
+    """What becomes of every tensor: deltas as matrices or vectors, or stored whole.
+
+    Attributes:
+        first_added: of the names in ``whole`` that are added rows of a tensor (`growth`), the first of these.
+    """
 
     pairs: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
@@ -38,14 +43,18 @@ class Plan:
     whole_info: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     tied: Mapping[str, str]
     skipped: Mapping[str, str]
+    first_added: Mapping[str, int]
 
 
 def make_plan(base: Checkpoint, fine_tune: Checkpoint, config: DTSConfig) -> Plan:
     pairing: Pairing = pair_tensors(base, fine_tune, include=config.include, exclude=config.exclude, whole=config.whole)
     matrices, vectors, whole, skipped = {}, set(), dict(pairing.added), dict(pairing.skipped)
+    rows = {}  # that were added: of which tensor, and how many it had
     for name in pairing.pairs:
         shape = base.tensors[name].shape
         as_matrix = matrix_shape(shape)
+        if name in pairing.grown and not (is_embedding(name, shape) and config.embeddings == "full"):
+            rows[added_rows_of(name)] = pairing.pairs[name], shape[0]
         if is_embedding(name, shape) and config.embeddings != "low-rank":
             if config.embeddings == "skip":
                 skipped[name] = "embedding"
@@ -57,7 +66,11 @@ def make_plan(base: Checkpoint, fine_tune: Checkpoint, config: DTSConfig) -> Pla
             matrices[name] = as_matrix
     shapes = {name: base.tensors[name].shape for name in pairing.pairs}
     info = {name: (fine_tune.tensors[n].dtype, fine_tune.tensors[n].shape) for name, n in whole.items()}
-    return Plan(pairing.pairs, shapes, matrices, frozenset(vectors), whole, info, pairing.tied, skipped)
+    for name, (theirs, first) in rows.items():
+        tensor = fine_tune.tensors[theirs]
+        whole[name], info[name] = theirs, (tensor.dtype, (tensor.shape[0] - first, *tensor.shape[1:]))
+    first_added = {name: first for name, (_, first) in rows.items()}
+    return Plan(pairing.pairs, shapes, matrices, frozenset(vectors), whole, info, pairing.tied, skipped, first_added)
 
 
 def _sketch(plan: Plan, ranks: Ranks) -> dict[str, Parameter]:

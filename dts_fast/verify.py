@@ -14,6 +14,7 @@ from .codes import is_matrix
 from .errors import AdapterFormatError, CheckpointError
 from .export import check_base
 from .fit import relative_error
+from .growth import grown_parameter, has_grown
 from .lora import open_fine_tune
 
 
@@ -131,24 +132,28 @@ def verify(path: str | Path, base_model: str | Path, model: str | Path) -> Verif
     check_base(adapter, base)
     strip, add = common_prefix(fine_tune.tensors, base.tensors)
     theirs = {add + name.removeprefix(strip): name for name in fine_tune.tensors}
-    missing = [name for name in adapter.parameters if name not in theirs]
+    missing = [name for name in adapter.parameters if (grown_parameter(name) or name) not in theirs]
     if missing:
         raise CheckpointError(f"{model} lacks {len(missing)} tensors of the adapter (first: {missing[0]}).")
     recorded = dict(zip(sorted(adapter.parameters), adapter.config["errors"], strict=True))
     reports, worst, lost, left_out, total = [], 0.0, 0.0, 0.0, 0.0
     for name in sorted(base.tensors.keys() | adapter.parameters.keys()):
         parameter = adapter.parameters.get(name)
+        grown = grown_parameter(name)
         if isinstance(parameter, Tensor):
-            error = 0.0 if torch.equal(parameter, fine_tune.get(theirs[name])) else 1.0
+            whole = fine_tune.get(theirs[grown or name])
+            whole = whole[base.tensors[grown].shape[0] :] if grown in base.tensors else whole
+            error = 0.0 if torch.equal(parameter, whole) else 1.0
         elif (
             name not in theirs
             or not base.tensors[name].dtype.is_floating_point
             or name in adapter.config["tied"]
-            or base.tensors[name].shape != fine_tune.tensors[theirs[name]].shape
+            or not _have_equal_rows(base.tensors[name].shape, fine_tune.tensors[theirs[name]].shape)
         ):
             continue
         else:
-            delta = fine_tune.get(theirs[name]).double() - base.get(name).double()
+            before, after = base.get(name).double(), fine_tune.get(theirs[name]).double()
+            delta = (after[: len(before)] if before.dim() else after) - before
             norm = float(delta.square().sum())
             total += norm
             if parameter is None:
@@ -161,6 +166,11 @@ def verify(path: str | Path, base_model: str | Path, model: str | Path) -> Verif
         worst = max(worst, abs(error - recorded[name]))
     total = total or 1.0
     return VerifyReport(reports, worst, (lost / total) ** 0.5, (left_out / total) ** 0.5, worst <= _TOLERANCE)
+
+
+def _have_equal_rows(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether a tensor is as large as it was, or has rows that were added."""
+    return before == after or has_grown(before, after)
 
 
 def _report(name: str, parameter: Parameter, error: float | None) -> ParameterReport:

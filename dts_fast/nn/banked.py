@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ..bank import Arena, Bank, VectorTable, page_count
 from ..codes import PageLayout, as_matrix, from_pages, is_matrix, num_pages
+from ..growth import added_rows_of, grown_parameter
+from ..mixture import mix
 from ..paging import Writes
 from ..routing import Slots
 from ..slots import SlotTable
@@ -17,10 +19,15 @@ from .module import DTSModule, Parameter
 class BankedModule(DTSModule):
     """A layer whose ``weight`` deltas lie in a bank of rank pages, and whose ``bias`` is a row of a table.
 
+    Attributes:
+        can_grow: whether `forward_fast` knows of rows that a slot adds (``added``).
+
     Args:
         shape: ``[N, K]``, the weight as the bank's pages have it.
         max_adapters, max_rank, arena, slots: see `DTSLinear`.
     """
+
+    can_grow = False
 
     def __init__(
         self,
@@ -41,37 +48,48 @@ class BankedModule(DTSModule):
         bias = base_layer._parameters.get("bias", base_layer._buffers.get("bias"))  # a quantised layer's is a buffer
         bias = bias if bias is not None and bias.is_floating_point() else None
         self.biases = None if bias is None else VectorTable(bias, self.slots.capacity)
+        # slot -> the rows that it adds to a parameter, by that parameter's name (`growth`)
+        self.added: dict[int, dict[str, Tensor]] = {}
         # Which parameters each slot changes; a slot that is not here costs the layer nothing.
         self.loaded: dict[int, frozenset[str]] = {}
 
     def load_slot(self, slot: int, parameters: Mapping[str, Parameter], writes: Writes | None = None) -> None:
-        given, parameters = parameters, {name: as_matrix(p) for name, p in parameters.items()}
-        if not _are_deltas(parameters):
+        given, (parameters, added) = parameters, _divided(parameters)
+        if not _are_deltas(parameters) or (added and not self.can_grow):
             return super().load_slot(slot, given, writes)
+        if added:
+            device, dtype = self.base_kind("weight")
+            self.added[slot] = {name: rows.to(device, dtype, copy=True) for name, rows in added.items()}
         if "weight" in parameters:
             self.bank.load_deltas(slot, {0: self._for_pages(parameters["weight"])}, writes)
         if "bias" in parameters:
             self.biases.load(slot, parameters["bias"])
-        self.loaded[slot] = frozenset(parameters)
+        self.loaded[slot] = frozenset(given)
         return None
 
     def fits(self, parameters: Mapping[str, Parameter], without: Collection[int] = ()) -> bool:
         if self.bank.arena is None or "weight" not in parameters:
             return True
-        parameters = {name: as_matrix(p) for name, p in parameters.items()}
-        if not _are_deltas(parameters):
+        parameters, added = _divided(parameters)
+        if not _are_deltas(parameters) or (added and not self.can_grow):
             return True
         return self.bank.fits([page_count(parameters["weight"])], without)
 
     def has_fast_path(self, parameters: Mapping[str, Parameter]) -> bool:
-        return _are_deltas({name: as_matrix(p) for name, p in parameters.items()})
+        parameters, added = _divided(parameters)
+        return _are_deltas(parameters) and (self.can_grow or not added)
 
     def changes(self, slot: int, name: str) -> bool:
-        return name in self.loaded.get(slot, ()) or super().changes(slot, name)
+        loaded = self.loaded.get(slot, ())
+        return name in loaded or (slot in self.added and name in self.added[slot]) or super().changes(slot, name)
 
     def parameters_of(self, slot: int) -> Mapping[str, Parameter]:
         found = dict(super().parameters_of(slot))
+        for name, rows in self.added.get(slot, {}).items():
+            found[added_rows_of(name)] = rows
         for name in self.loaded.get(slot, ()):
+            if grown_parameter(name) is not None:
+                continue
             if name == "bias":
                 found[name] = self.biases.deltas[slot]
                 continue
@@ -85,19 +103,33 @@ class BankedModule(DTSModule):
             return super().mix_slots(slot, members)
         present = [(member, weight) for member, weight in members if member in self.loaded and weight != 0]
         if present:
+            self._mix_added(slot, present)
             self.bank.share(slot, present)
             if self.biases is not None:
                 self.biases.share(slot, present)
             self.loaded[slot] = frozenset().union(*(self.loaded[member] for member, _ in present))
         return None
 
+    def _mix_added(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
+        parts = [(weight, self.added.get(member, {})) for member, weight in members]
+        names = dict.fromkeys(name for _, rows in parts for name in rows)
+        mixed = {name: mix(added_rows_of(name), [(weight, rows.get(name)) for weight, rows in parts]) for name in names}
+        if mixed:
+            self.added[slot] = mixed
+
     def clear_slot(self, slot: int) -> None:
         super().clear_slot(slot)
         self.loaded.pop(slot, None)
+        self.added.pop(slot, None)
         # Whatever `loaded` says: a load that failed half way has written one and not the other.
         self.bank.evict(slot)
         if self.biases is not None:
             self.biases.evict(slot)
+
+    def added_in(self, slots: Slots) -> dict[int, dict[str, Tensor]]:
+        """What each of these slots adds to the layer's parameters."""
+        distinct = (slots,) if isinstance(slots, int) else dict.fromkeys(slots)
+        return {slot: self.added[slot] for slot in distinct if slot in self.added}
 
     # Between the parameter's own shape and the bank's pages.
 
@@ -120,6 +152,18 @@ class BankedModule(DTSModule):
             return True
         distinct = {slots} if isinstance(slots, int) else set(slots)
         return any("bias" in self.loaded.get(slot, ()) for slot in distinct)
+
+
+def _divided(parameters: Mapping[str, Parameter]) -> tuple[dict[str, Parameter], dict[str, Tensor]]:
+    """What the bank and the table may hold, and rows that are added, by the parameter that they are added to."""
+    deltas, added = {}, {}
+    for name, parameter in parameters.items():
+        grown = grown_parameter(name)
+        if grown is None:
+            deltas[name] = as_matrix(parameter)
+        else:
+            added[grown] = parameter
+    return deltas, added
 
 
 def _are_deltas(parameters: Mapping[str, Parameter]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -21,6 +22,8 @@ class DTSEmbedding(BankedModule):
     Input: int ids ``[B, ...]``; output ``[B, ..., embedding_dim]`` in the table's dtype.
     """
 
+    can_grow = True
+
     def __init__(
         self,
         base_layer: nn.Embedding,
@@ -35,7 +38,7 @@ class DTSEmbedding(BankedModule):
     def forward(self, input: Tensor) -> Tensor:
         if all_base():
             return self._base(input)
-        if input.dim() > 1 and not self.stored:
+        if input.dim() > 1 and not (self.stored or self.added):
             slots = self.traceable_slots(input.shape)
             if not isinstance(slots, int) and input.shape[0] == 1 and self._touched(slots):
                 # Shared by all rows (position ids, say): one for each, where their adapters differ.
@@ -48,10 +51,20 @@ class DTSEmbedding(BankedModule):
         return y[0] if y.shape[0] == 1 else y
 
     def forward_fast(self, slots: Slots, input: Tensor) -> Tensor:
-        y = self.base_layer(input)
         if not self._touched(slots):
-            return y
-        flat = input.reshape(-1)
+            return self.base_layer(input)
+        flat, rows, places = input.reshape(-1), self.layout.n, {}
         ids = slot_ids(slots, flat.shape[0], input.device)
-        delta = ops.embedding_delta(flat, self.layout, *self.bank.tensors, ids)
-        return (y + delta.view(y.shape)).to(y.dtype)
+        if self.added:
+            # Tokens that a row's adapter adds. Others that the base does not have stay, and are refused as it does.
+            for slot, added in self.added_in(slots).items():
+                places[slot] = (ids == slot) & (flat >= rows) & (flat < rows + len(added["weight"]))
+                input = input.masked_fill(places[slot].view(input.shape), 0)
+        y = self.base_layer(input)
+        delta = ops.embedding_delta(input.reshape(-1), self.layout, *self.bank.tensors, ids)
+        y = (y + delta.view(y.shape)).to(y.dtype)
+        for slot, place in places.items():
+            added = self.added[slot]["weight"]
+            own = added[(flat - rows).clamp(0, len(added) - 1)].to(y.dtype)  # of all: nothing is waited for
+            y = torch.where(place[:, None], own, y.view(own.shape)).view(y.shape)
+        return y

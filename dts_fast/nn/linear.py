@@ -42,6 +42,8 @@ class DTSLinear(BankedModule):
     Input ``[..., in_features]``, first dimension the batch; output ``[..., out_features]`` in the same dtype.
     """
 
+    can_grow = True
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -120,7 +122,7 @@ class DTSLinear(BankedModule):
     def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
         if all_base():
             return self._base(input, *args, **kwargs)
-        if self.stored or args or kwargs or input.dim() == 0:
+        if self.stored or self.added or args or kwargs or input.dim() == 0:
             return super().forward(input, *args, **kwargs)
         # What is most often asked, without the general way's questions: a small layer is done in less time than those
         # take.
@@ -164,7 +166,22 @@ class DTSLinear(BankedModule):
             if self.biases is not None and self._touches_bias(slots):
                 values = self.biases.values.float()
                 y = (y + (values[ids] - values[-1])).to(y.dtype)
-        return y if input.dim() == 2 else y.view(*input.shape[:-1], self.out_features)
+        if self.added:
+            y = self._with_added(y, x, slots, ids)
+        return y if input.dim() == 2 else y.view(*input.shape[:-1], y.shape[-1])
+
+    def _with_added(self, y: Tensor, x: Tensor, slots: Slots, ids: Tensor) -> Tensor:
+        """``y [M, N]`` with the outputs that adapters of the call add (tokens that a head's base does not have); minus
+        infinity where another adapter's row has none."""
+        added = self.added_in(slots)
+        if not added:
+            return y
+        more = y.new_full((y.shape[0], max(len(rows["weight"]) for rows in added.values())), float("-inf"))
+        for slot, rows in added.items():
+            own = linear(x.to(rows["weight"].dtype), rows["weight"], rows.get("bias")).to(y.dtype)
+            part = more[:, : own.shape[1]]
+            part.copy_(torch.where((ids == slot)[:, None], own, part))
+        return torch.cat([y, more], 1)
 
 
 def acts_like_linear(layer: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..codes import Delta, LowRankDelta, owned
 from ..errors import BaseMismatchError, DTSError, MixedBatchError, NeverMixedError
+from ..growth import added_rows_of, grown_parameter
 from ..mixture import mix
 from ..paging import Writes
 from ..pieces import Piece
@@ -162,6 +163,10 @@ class DTSModule(nn.Module):
         """
         kind = f"{path} ({type(self.base_layer).__name__})" if path else type(self.base_layer).__name__
         for name, parameter in parameters.items():
+            grown = grown_parameter(name)
+            if grown is not None:
+                self._check_added(kind, grown, parameter, parameters)
+                continue
             shape = self.base_shape(name)
             if shape is None:
                 raise BaseMismatchError(
@@ -172,6 +177,21 @@ class DTSModule(nn.Module):
                     f"parameter {name!r} of {kind}: the base has shape {list(shape)}, the adapter "
                     f"{list(parameter.shape)}. Attach it to the base it was made for."
                 )
+
+    def _check_added(self, kind: str, name: str, rows: Parameter, parameters: Mapping[str, Parameter]) -> None:
+        shape = self.base_shape(name)
+        if shape is None or not isinstance(rows, Tensor) or tuple(rows.shape[1:]) != shape[1:]:
+            expected = "no such parameter" if shape is None else f"whole rows of {list(shape[1:])}"
+            raise BaseMismatchError(
+                f"rows added to {name!r} of {kind}: the base has {expected}, the adapter {list(rows.shape)}. Attach it "
+                "to the base it was made for."
+            )
+        weight = parameters.get(added_rows_of("weight"))
+        if name == "bias" and self.base_shape("weight") is not None and (weight is None or len(weight) != len(rows)):
+            raise BaseMismatchError(
+                f"{kind}: the adapter adds {len(rows)} rows to the bias and {0 if weight is None else len(weight)} to "
+                "the weight. Compress with both or neither (--exclude)."
+            )
 
     def base_names(self) -> list[str]:
         """The names of what an adapter may change in the base layer: its parameters, and buffers like them."""
@@ -234,7 +254,13 @@ class DTSModule(nn.Module):
             DTSError: a delta of a quantised weight: the sum would have to be rounded anew.
         """
         dense: dict[str, Tensor] = {}
-        for name, parameter in self.parameters_of(slot).items():
+        held = self.parameters_of(slot)
+        for name, parameter in sorted(held.items(), key=lambda item: grown_parameter(item[0]) is not None):
+            grown = grown_parameter(name)
+            if grown is not None:  # behind what it grows
+                value = dense[grown] if grown in dense else self.base_parameter(grown)
+                dense[grown] = torch.cat([value, parameter.to(value.device, value.dtype)])
+                continue
             if isinstance(parameter, Tensor):
                 value = parameter.to(*self.base_kind(name))
             elif name == "weight" and has_features(self.base_layer) and not self.has_plain_weight:
@@ -268,7 +294,7 @@ class DTSModule(nn.Module):
         parts = [(weight, self.parameters_of(member)) for member, weight in members]
         mixed = {}
         for name in dict.fromkeys(name for _, parameters in parts for name in parameters):
-            base = self.base_parameter(name)
+            base = None if grown_parameter(name) is not None else self.base_parameter(name)
             parameter = mix(name, [(weight, parameters.get(name)) for weight, parameters in parts], base)
             if parameter is not None:
                 mixed[name] = parameter
@@ -441,9 +467,10 @@ def refuse_shared_numbers(layer: nn.Module, batch: int, args, kwargs) -> None:
 
 
 def is_changed(name: str, held: Collection[str]) -> bool:
-    """Whether a parameter is among names, or a piece of it is."""
+    """Whether a parameter is among names, or a piece of it is, or rows that were added to it."""
     pieces = [Piece.named(own) for own in held]
-    return name in held or any(piece is not None and piece.parameter == name for piece in pieces)
+    whole = name in held or added_rows_of(name) in held
+    return whole or any(piece is not None and piece.parameter == name for piece in pieces)
 
 
 def has_features(layer: nn.Module) -> bool:
