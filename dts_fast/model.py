@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,24 +18,21 @@ from .atomic import staged_directory
 from .attach import LiveModel, Owned
 from .bank import Bank, VectorTable
 from .base import load_base
-from .batch import BatchRoute, LeasedRoute, has_uneven_images, leave_batch, main_input, tokens_a_row
+from .batch import main_input
+from .calls import Calls
 from .characteristic import characteristic_of
-from .errors import AdapterFormatError, BaseMismatchError, DTSError, NeverMixedError, RoutingError
+from .errors import AdapterFormatError, BaseMismatchError, DTSError
 from .hub import push_adapter
 from .merging import write_merged
 from .mixture import check_weights, select, similarity_weights
 from .nn import DTSModule
 from .prepack import PackedLinear, no_kernels
 from .residency import Residency
-from .routing import Lease, check_names, current_route, route
-from .slots import BASE, BASE_SLOT, SlotTable
+from .routing import current_route, route
+from .slots import BASE, SlotTable
 from .wrapping import Wrapping
 
 DEFAULT_ADAPTER = "default"
-
-_MOST_BASE_ROUTES = 64  # batch sizes
-# Models whose layers get [time, batch, features].
-_TIME_FIRST = ("xlnet", "fsmt")
 
 
 class DTSModel(nn.Module):
@@ -77,7 +74,7 @@ class DTSModel(nn.Module):
             )
         if prepack and no_kernels() is not None:
             raise DTSError(f"prepack: {no_kernels()}. Leave prepack off.")
-        of_another = any(isinstance(getattr(h, "__self__", None), DTSModel) for h in model._forward_pre_hooks.values())
+        of_another = any(isinstance(getattr(h, "__self__", None), Calls) for h in model._forward_pre_hooks.values())
         if isinstance(model, DTSModel) or of_another or any(isinstance(m, DTSModule) for m in model.modules()):
             raise DTSError(
                 "the model is in a DTSModel already: its load_adapter() takes further adapters, and its "
@@ -100,16 +97,9 @@ class DTSModel(nn.Module):
         self._wrapping = Wrapping(self._live, self.slots, self._arenas, prepack)
         self._wrappers = self._wrapping.wrappers
         self._attaching = 0  # loads under way
-        self._base_routes: dict[tuple[bool, int | None, torch.device], LeasedRoute] = {}
         self._apart = Apart()
-        self._time_first = getattr(getattr(model, "config", None), "model_type", None) in _TIME_FIRST
         self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._has_file)
-        # generate() calls an encoder by itself.
-        encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-        self._hooks = []
-        for module in {id(m): m for m in (model, encoder) if isinstance(m, nn.Module)}.values():
-            self._hooks.append(module.register_forward_pre_hook(self._enter_batch, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(leave_batch, always_call=True))
+        self._calls = Calls(self._live, self.slots, self._wrappers, self._lease)
 
     def __getattr__(self, name: str):
         # What is not an adapter's business (config, device, ...) is the model's.
@@ -135,7 +125,7 @@ class DTSModel(nn.Module):
     def _is_the_models(self, name: str) -> bool:
         """Whether an attribute is to be found in the model and not here."""
         own = self.__dict__
-        if name.startswith("_") or "_hooks" not in own:  # the last that a new one gets
+        if name.startswith("_") or "_calls" not in own:  # the last that a new one gets
             return False
         held = any(name in names for names in (own, own["_modules"], own["_parameters"], own["_buffers"]))
         return not (held or hasattr(type(self), name))
@@ -179,7 +169,7 @@ class DTSModel(nn.Module):
         try:
             model._attach(loaded, adapter_name, source, verify, verify_base=verify_base)
         except BaseException:
-            model._remove_hooks()
+            model._calls.remove_hooks()
             raise
         model.set_adapter(adapter_name)
         return model
@@ -351,7 +341,7 @@ class DTSModel(nn.Module):
                 of rows.
             UnknownAdapterError: a name that is not loaded.
         """
-        with self._routed(adapter_names, main_input(args, kwargs)):
+        with self._calls.routed(adapter_names, main_input(args, kwargs)):
             return self._apart.forward(self.model, args, kwargs)
 
     @torch.no_grad()
@@ -363,9 +353,9 @@ class DTSModel(nn.Module):
             RoutingError, MixedBatchError, UnknownAdapterError: as `forward`.
         """
         main = main_input((*args, kwargs.get("inputs")), kwargs)
-        with self._routed(adapter_names, main, expandable=True):
+        with self._calls.routed(adapter_names, main, expandable=True):
             if (current := current_route()) is not None and current.lease is not None:
-                self._refuse_uneven_images(main, kwargs, current.adapter_names, current.lease)
+                self._calls.refuse_uneven_images(main, kwargs, current.adapter_names, current.lease)
             return self._apart.generate(self.model.generate, args, kwargs, self.model)
 
     def compile(self, *args: object, **kwargs: object) -> None:
@@ -404,7 +394,7 @@ class DTSModel(nn.Module):
             self.slots.release(name)
         self.adapter_configs.clear()
         self._sources.clear()
-        self._remove_hooks()
+        self._calls.remove_hooks()
         return self.model
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -481,126 +471,11 @@ class DTSModel(nn.Module):
             raise DTSError(f"push_to_hub: {name!r} has no files of its own: it is {kind}.")
         return push_adapter(self._sources[name].folder, repo_id, **kwargs)
 
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
     def _lease(self, names: Iterable[str]) -> dict[str, int]:
         return self._residency.lease(names, self._load_again)
 
-    def _routed(
-        self, adapter_names: str | Sequence[str] | None, main: Tensor | None, *, expandable: bool = False
-    ) -> AbstractContextManager[object]:
-        """A route whose adapters stay what they are until it ends; without names, that of an outer one or of the
-        active adapter. It is to be entered at once."""
-        while isinstance(outer := current_route(), BatchRoute) and outer.lease.table is self.slots:
-            outer.__exit__()  # of a call of the bare model that was interrupted: its hooks did not run
-        if adapter_names is None and outer is not None:
-            if outer.lease is not None and outer.lease.table is self.slots:
-                return nullcontext()
-            adapter_names, expandable = outer.adapter_names, expandable or outer.expandable
-        names = self.slots.active if adapter_names is None else check_names(adapter_names)
-        if names == BASE:
-            return self._base_route(expandable, main)
-        if expandable and main is not None and not isinstance(names, str) and len(names) != main.shape[0]:
-            raise RoutingError(
-                f"{len(names)} adapter names for {main.shape[0]} prompts; expected one name for each prompt, or a "
-                "single name for all. (Beams and return sequences get the name of their prompt.)"
-            )
-        slots = self._lease([names] if isinstance(names, str) else names)
-        try:
-            lease = Lease(self.slots, slots, self._live.device)
-            return LeasedRoute(names, expandable=expandable, lease=lease, rows=None if main is None else main.shape[0])
-        except BaseException:
-            self.slots.end_lease(slots.values())
-            raise
-
-    def _base_route(self, expandable: bool, main: Tensor | None) -> LeasedRoute:
-        """A route that has nothing of this call's, and leases nothing: made once."""
-        key = expandable, None if main is None else main.shape[0], self._live.device
-
-        def make() -> LeasedRoute:
-            lease = Lease(self.slots, {BASE: BASE_SLOT}, key[2])
-            return LeasedRoute(BASE, expandable=expandable, lease=lease, rows=key[1])
-
-        # A graph that is traced or captured gets ids of its own: see `slot_ids`.
-        if torch.compiler.is_compiling() or (key[2].type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            return make()
-        found = self._base_routes.get(key)
-        if found is None:
-            found = make()
-            if len(self._base_routes) >= _MOST_BASE_ROUTES:
-                self._base_routes.clear()
-            if type(found.ids) is Tensor:  # and not a fake one
-                self._base_routes[key] = found
-        return found
-
     def _has_file(self, name: str) -> bool:
         return name in self._sources
-
-    def _enter_batch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # What a model is called with tells the true number of rows, which its inner inputs would not: generate()
-        # multiplies the batch for beams, position ids are shared by all rows, and some models flatten tokens.
-        if torch.compiler.is_compiling():
-            return
-        current = current_route()
-        if isinstance(current, BatchRoute) and current.owner is module:
-            current.__exit__()  # of a call that was interrupted: its hooks did not run
-            current = current_route()
-        names = self.slots.active if current is None else current.adapter_names
-        lease = None if current is None else current.lease
-        own = lease is not None and lease.table is self.slots
-        if isinstance(current, BatchRoute) or (own and isinstance(names, str)):
-            return
-        tokens: set[int] = set()
-        if not isinstance(names, str):
-            main = main_input(args, kwargs)
-            if main is None:
-                return
-            names = current.names_for(main.shape[0], in_model=True)
-            tokens = tokens_a_row(args, kwargs, main.shape[0])
-            if self._time_first and len(set(names)) > 1:
-                raise NeverMixedError(f"{type(self.model).__name__} puts time first inside, so that rows get mixed up.")
-        if not own:
-            slots = self._lease([names] if isinstance(names, str) else names)
-            lease = Lease(self.slots, slots, self._live.device)
-        entered = BatchRoute(names, module, lease, tokens, ends=not own)
-        try:
-            if not isinstance(names, str):
-                self._refuse_uneven_images(main, kwargs, names, lease)
-        except BaseException:
-            entered.left()
-            raise
-        entered.__enter__()
-
-    def _refuse_uneven_images(
-        self, main: Tensor | None, kwargs: Mapping[str, object], names: str | Sequence[str], lease: Lease
-    ) -> None:
-        """Images, videos and sounds come without rows: which of them is whose a layer knows only where each row has as
-        many.
-
-        Raises:
-            RoutingError: adapters of a mixed batch change layers that see them, of which rows have different numbers.
-        """
-        if isinstance(names, str) or len(set(names)) == 1 or not isinstance(main, Tensor) or main.is_floating_point():
-            return
-        if not has_uneven_images(getattr(self.model, "config", None), main, kwargs):
-            return
-        parts = [getattr(self.model, name, None) for name in ("get_decoder", "get_output_embeddings")]
-        of_text = {
-            id(getattr(module, "base_layer", module)) for part in parts if part and (module := part()) is not None
-        }
-        inside = tuple(path for path, m in self._live.modules.items() if path and id(m) in of_text)
-        slots = {lease.slots[name] for name in names}
-        for path, wrapper in list(self._wrappers.items()):
-            if any(path == of_it or path.startswith(of_it + ".") for of_it in inside):
-                continue
-            if any(wrapper.changes(slot, name) for slot in slots for name in wrapper.base_names()):
-                raise RoutingError(
-                    f"rows of this batch have different numbers of images, and its adapters change {path}, which gets "
-                    "images without their rows. Run these adapters in separate batches, or compress without that part "
-                    "(--exclude)."
-                )
 
     def _load_again(self, name: str, keep: Iterable[str]) -> None:
         """Load an adapter that was evicted."""

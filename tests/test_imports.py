@@ -93,6 +93,7 @@ ALLOWED = {
     "residency": {"bank", "errors", "nn", "nn.module", "paging", "slots"},
     "wrapping": {"arenas", "attach", "bank", "nn", "slots"},
     "batch": {"routing"},
+    "calls": {"attach", "batch", "errors", "nn", "routing", "slots"},
     "apart": {"batch", "errors", "nn.rows", "nn.state", "routing"},
     "hub": {"adapter_file", "errors"},
     "timing": set(),
@@ -100,7 +101,7 @@ ALLOWED = {
     "shapes": {"checkpoint", "errors", "pieces"},
     "bench_report": {"atomic", "errors"},
     "model": {
-        "adapter_file", "apart", "arenas", "atomic", "attach", "bank", "base", "batch", "characteristic",
+        "adapter_file", "apart", "arenas", "atomic", "attach", "bank", "base", "batch", "calls", "characteristic",
         "errors", "hub", "merging", "mixture", "nn", "prepack", "residency", "routing", "slots", "wrapping",
     },
     "doctor": {"gpu", "native", "version"},
