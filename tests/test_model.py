@@ -123,11 +123,11 @@ def test_active_adapter_disable_and_delete(family):
 def test_what_a_trace_makes_of_a_base_only_call_is_not_kept(family):
     model, x = family.model(), torch.empty(57, 2)  # rows that no other test has
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model._base_route(False, x)
-    real = model._base_route(False, x)
+        model._calls.routed("__base__", x)
+    real = model._calls.routed("__base__", x)
     assert type(real.ids) is torch.Tensor
     assert real.ids.tolist() == [-1] * 57
-    assert model._base_route(False, x) is real
+    assert model._calls.routed("__base__", x) is real
 
 
 @torch.no_grad()
