@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .atomic import staged_directory
-from .checkpoint import fetch_from_hub
+from .checkpoint import fetch_from_hub, hub_id
 from .codes import CodedMatrix, CodedVector, Delta, DeltaSum, LowRankDelta, matrix_shape, packed_size, terms_of
 from .errors import AdapterFormatError, DTSError
 
@@ -258,7 +258,8 @@ def locate_adapter(path: str | Path) -> Path:
     folder = Path(path)
     if folder.exists():
         return folder
-    if folder.is_absolute() or len(folder.parts) != 2 or str(path).startswith("."):
+    found = hub_id(path)
+    if found is None or "/" not in found[0]:
         raise AdapterFormatError(f"{path}: no such directory; expected an adapter directory or a hub id.")
     return fetch_from_hub(str(path))
 

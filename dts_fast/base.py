@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, hub_id
 from .errors import CheckpointError, DTSError
 
 # Settings of a model that a fine-tune may change, while the base that it is served from keeps its own.
@@ -32,7 +32,7 @@ def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwarg
     """The base's weights in the model class of the fine-tune.
 
     Args:
-        base_model: directory, ``.safetensors`` file or hub id.
+        base_model: directory, ``.safetensors`` file or hub id (``org/name`` or ``org/name@revision``).
         changed: the settings that the fine-tune has changed (``model_config`` of its adapter).
         model_kwargs: for the ``from_pretrained`` of transformers.
 
@@ -46,6 +46,9 @@ def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwarg
         raise DTSError(
             "loading a base model by its path needs transformers: pip install 'dts_fast[hf]', or pass a loaded model."
         ) from error
+    revision = model_kwargs.pop("revision", None)
+    if revision is not None:
+        base_model = f"{base_model}@{revision}"
     checkpoint = Checkpoint.open(base_model)
     # A base that ties its head stays tied: an untied head of the fine-tune comes whole with the adapter.
     # Nor has it more tokens than it has: those that a fine-tune has added come with the adapter, too.
@@ -61,4 +64,7 @@ def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwarg
         if model_class is transformers.AutoModel:
             model_class = type(model_class.from_config(config))
         return model_class.from_pretrained(None, config=config, state_dict=weights, **model_kwargs).eval()
-    return model_class.from_pretrained(str(base_model), config=config, **model_kwargs).eval()
+    repo_id, revision = (str(base_model), None) if path.is_dir() else hub_id(base_model)
+    if revision is not None:
+        model_kwargs["revision"] = revision
+    return model_class.from_pretrained(repo_id, config=config, **model_kwargs).eval()

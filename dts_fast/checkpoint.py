@@ -20,7 +20,11 @@ from .growth import grown_like
 from .pieces import Piece
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?")
+# Of a repository: what a model or an adapter is read from, and the tokenizer that goes with an exported model. Not its
+# folders (other formats, training states), nor the second copy that some keep in one file.
+_FROM_HUB = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_NOT_FROM_HUB = ["*/*", "consolidated*.safetensors"]
 
 # Buffers that older library versions wrote beside the parameters: masks and tables, never trained.
 _BUFFERS = re.compile(r"(\.attn\.masked_bias|rotary_emb\.inv_freq)$")
@@ -144,7 +148,7 @@ def _locate(source: str | Path) -> tuple[list[Path], Path]:
         return [path], path.parent
     if path.is_dir():
         return _files_of_directory(path), path
-    if _HUB_ID.fullmatch(str(source)) and not str(source).startswith("."):
+    if hub_id(source) is not None:
         folder = fetch_from_hub(str(source))
         return _files_of_directory(folder), folder
     raise CheckpointError(f"{source}: no such file or directory, and not a hub id either.")
@@ -221,20 +225,32 @@ def _pickle_error(file: Path) -> CheckpointError:
     )
 
 
-def fetch_from_hub(repo_id: str) -> Path:
-    """Download (or find in the cache) the safetensors and JSON files of a hub repository.
+def hub_id(source: str | Path) -> tuple[str, str | None] | None:
+    """Repository and revision of ``org/name`` or ``org/name@revision`` (a branch, tag or commit, as in the paths of
+    huggingface_hub); None where a source is no such id."""
+    match = None if str(source).startswith(".") else _HUB_ID.fullmatch(str(source))
+    return match and (match[1], match[2])
+
+
+def fetch_from_hub(source: str) -> Path:
+    """Download (or find in the cache) the files of a hub repository that a model or an adapter is read from.
+
+    Args:
+        source: see `hub_id`.
 
     Raises:
-        CheckpointError: the hub cannot be reached or has no such repository.
+        CheckpointError: the hub cannot be reached, or has no such repository or revision.
     """
     from huggingface_hub import snapshot_download
 
+    repo_id, revision = hub_id(source) or (source, None)
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.safetensors", "*.json"]))
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=_FROM_HUB, ignore_patterns=_NOT_FROM_HUB)
     except Exception as error:  # the hub raises many unrelated types: HTTP, validation, cache and OS errors
         raise CheckpointError(
-            f"{repo_id}: no such local path, and the hub did not give it ({type(error).__name__}: {error})."
+            f"{source}: no such local path, and the hub did not give it ({type(error).__name__}: {error})."
         ) from error
+    return Path(folder)
 
 
 def _number(value: dict[str, object]) -> object:

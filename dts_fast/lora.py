@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .adapter_file import Adapter, load_adapter
 from .atomic import staged_directory
-from .checkpoint import Checkpoint, TensorInfo, common_prefix, is_embedding
+from .checkpoint import Checkpoint, TensorInfo, common_prefix, fetch_from_hub, hub_id, is_embedding
 from .codes import DeltaSum, LowRankDelta, is_matrix, terms_of
 from .errors import CheckpointError, DTSError
 from .export import check_base
@@ -199,6 +199,8 @@ def open_fine_tune(model: str | Path, base_model: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: it cannot be read, or is no LoRA of this base.
     """
+    if not Path(model).exists() and hub_id(model) is not None:
+        model = fetch_from_hub(str(model))
     return LoraCheckpoint.of(model, Checkpoint.open(base_model)) if is_lora(model) else Checkpoint.open(model)
 
 

@@ -150,7 +150,7 @@ class DTSModel(nn.Module):
         Args:
             base_model: a loaded model, or a directory, ``.safetensors`` file or hub id. From a path, the model class
                 is the one the fine-tune had, so that its head is there.
-            adapter: adapter directory or hub id.
+            adapter: adapter directory or hub id. Any hub id may name a revision: ``org/name@revision``.
             max_adapters, max_rank, max_bytes, eviction, prepack: see `DTSModel`.
             verify_base: see `load_adapter`.
             model_kwargs: for the ``from_pretrained`` of transformers (``dtype``, ``device_map``, ...).
