@@ -29,7 +29,7 @@ from .nn import DTSModule
 from .prepack import PackedLinear, no_kernels
 from .residency import Residency
 from .routing import current_route, route
-from .slots import BASE, SlotTable
+from .slots import BASE, CacheInfo, SlotTable
 from .wrapping import Wrapping
 
 DEFAULT_ADAPTER = "default"
@@ -417,6 +417,10 @@ class DTSModel(nn.Module):
                 for file in source.folder.iterdir():
                     if file.name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
                         shutil.copyfile(file, staging / file.name)
+
+    def cache_info(self) -> CacheInfo:
+        """How often adapters were found in memory, loaded and evicted: what to watch while serving."""
+        return self.slots.info
 
     def memory_report(self) -> dict[str, object]:
         """Bytes in memory: ``base`` (the model's own parameters, each once), ``adapters`` by name (what each uses of

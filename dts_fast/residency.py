@@ -129,9 +129,9 @@ class Residency:
             UnknownAdapterError: an unknown name.
             CapacityError: more adapters than there is room for.
         """
-        names = set(names)
+        names, loaded = set(names), set()
         while True:
-            slots = self.table.lease(names)
+            slots = self.table.lease(names, loaded)
             if slots is not None:
                 return slots
             needed = (names | set(self.table.pinned)) - {BASE}
@@ -143,6 +143,7 @@ class Residency:
                 )
             for name in names - {BASE} - set(self.table.resident):
                 load_again(name, names)
+                loaded.add(name)
 
     def _fill(
         self,

@@ -8,11 +8,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
 
 from .errors import CapacityError, DTSError, UnknownAdapterError
 
 BASE = "__base__"
 BASE_SLOT = -1
+
+
+class CacheInfo(NamedTuple):
+    """What became of the adapters that calls asked for, since the model was made.
+
+    Attributes:
+        hits: adapters that a call used and found in memory, each once a call.
+        misses: those that were loaded again for it.
+        loads: all loads, first ones, replacements and mixtures too.
+        evictions: adapters that went for others.
+        maxsize, currsize: slots, and how many have an adapter.
+    """
+
+    hits: int
+    misses: int
+    loads: int
+    evictions: int
+    maxsize: int
+    currsize: int
 
 
 class SlotTable:
@@ -35,6 +55,7 @@ class SlotTable:
         self._pinned: set[str] = set()
         self._leases = [0] * capacity
         self._reserved: set[int] = set()
+        self._hits = self._misses = self._loads = self._evictions = 0
         # Slots that have lost their name while calls were still using them, and what empties them.
         self._retired: dict[int, Callable[[int], None]] = {}
         self._make_locks()
@@ -76,6 +97,12 @@ class SlotTable:
         """How many slots are free."""
         with self._changed:
             return self.capacity - len(self._taken())
+
+    @property
+    def info(self) -> CacheInfo:
+        with self._changed:
+            counts = self._hits, self._misses, self._loads, self._evictions
+            return CacheInfo(*counts, self.capacity, len(self._recent))
 
     @property
     def retiring(self) -> list[int]:
@@ -164,6 +191,7 @@ class SlotTable:
             old = self._slots.get(name)
             self._reserved.discard(slot)
             self._slots[name] = slot
+            self._loads += 1
             self._touch(name)
             if pinned:
                 self._pinned.add(name)
@@ -210,6 +238,7 @@ class SlotTable:
             if slot is None or self._leases[slot] or (name in self._pinned and not pinned):
                 return False
             self._slots[name] = None
+            self._evictions += 1
             self._recent.pop(name)
             self._retire(slot, clear)
             self._notify()
@@ -239,9 +268,12 @@ class SlotTable:
 
     # Calls that use slots.
 
-    def lease(self, names: Iterable[str]) -> dict[str, int] | None:
+    def lease(self, names: Iterable[str], loaded: Collection[str] = ()) -> dict[str, int] | None:
         """The slots of names, which stay theirs until `end_lease`; None (and nothing is leased) where one of them is
         not resident.
+
+        Args:
+            loaded: those that were loaded for this.
 
         Raises:
             UnknownAdapterError: an unknown name.
@@ -261,6 +293,8 @@ class SlotTable:
                 if slot >= 0:
                     self._leases[slot] += 1
                     self._touch(name)
+                    self._misses += name in loaded
+                    self._hits += name not in loaded
             if any(slot >= 0 for slot in slots.values()):
                 self._own_leases.count = getattr(self._own_leases, "count", 0) + 1
             return slots

@@ -131,6 +131,22 @@ def test_files_that_became_another_adapter_are_checked_when_they_are_loaded_agai
         model(IDS, adapter_names="x")
 
 
+def test_uses_loads_and_evictions_are_counted(folder):
+    model = make_model(folder, max_adapters=2, eviction="lru")
+    for name in "abc":
+        model.load_adapter(folder / name, name)
+    assert model.cache_info() == (0, 0, 3, 1, 2, 2)
+    model(IDS[:1].repeat(3, 1), adapter_names=["b", "c", "__base__"])
+    model(IDS, adapter_names="b")
+    assert model.cache_info() == (3, 0, 3, 1, 2, 2)
+    model(IDS[:1].repeat(3, 1), adapter_names=["a", "b", "b"])  # "a" comes back, and "c" goes
+    assert model.cache_info() == (4, 1, 4, 2, 2, 2)
+    model(IDS, adapter_names="__base__")
+    model.delete_adapter("b")
+    info = model.cache_info()
+    assert (info.hits, info.misses, info.loads, info.evictions, info.maxsize, info.currsize) == (4, 1, 4, 2, 2, 1)
+
+
 def test_pinned_adapters_stay(folder, expected):
     model = make_model(folder, max_adapters=2, eviction="lru")
     for name in "ab":
