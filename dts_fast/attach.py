@@ -86,11 +86,11 @@ class LiveModel:
         key = tuple((name, isinstance(parameter, Tensor)) for name, parameter in adapter.parameters.items()), tied
         last = self._last  # read once: other threads load too
         if key == last[0]:  # adapters of one base mostly change the same parameters
-            places, live = last[1:]
+            places, live, grown = last[1:]
             owned: Owned = {}
             for name, path, leaf in places:
                 owned.setdefault(path, {})[leaf] = adapter.parameters[name]
-            self._check_servable(live)
+            self._check_servable(live | grown)
             return owned, live
         pieces = {name: piece for name in adapter.parameters if (piece := Piece.named(name)) is not None}
         tables = {name: grown_parameter(name) or name for name in adapter.parameters}
@@ -129,10 +129,11 @@ class LiveModel:
                     leaf = leaf if table == name else added_rows_of(leaf)
                     owned.setdefault(path, {})[leaf] = parameter
                     places.append((name, path, leaf))
+        grown = {name: live[table] for name, table in tables.items() if table != name and table in live}
         live = {name: live[name] for name in adapter.deltas}
-        self._check_servable(live)
+        self._check_servable(live | grown)
         if known:
-            self._last = key, places, live
+            self._last = key, places, live, grown
         return owned, live
 
     def _aliases_of_piece(self, name: str) -> tuple[str, ...]:

@@ -196,15 +196,15 @@ class Bank(nn.Module):
         self._make_room(most, new=total, reusable=sum(len(self._only_in(row)) for row in rows))
         self._empty(rows)
         taken = self._free[:total]
-        del self._free[:total]  # in place, as everywhere here: a module looks at what is set on it
         left = iter(taken)
         lists = {row: list(islice(left, count)) for row, count in rows.items() if count}
         try:
+            del self._free[:total]  # in place, as everywhere here: a module looks at what is set on it
             write({row - slot * self.parts: numbers for row, numbers in lists.items()})
             self._list(lists, weight, writes)
         except BaseException:
             if not any(row in self._listed for row in lists):
-                self._free[:0] = taken
+                self._free[:] = sorted({*self._free, *taken})
             raise
 
     @_outside_inference_mode
@@ -229,9 +229,10 @@ class Bank(nn.Module):
                 weights.append(self.slot_weights[row, : len(listed)] * weight)
             self._make_room(len(pages), new=0)
             if pages:
+                own = torch.cat(weights)
                 for page in pages:
                     self._users[page] = self._users.get(page, 1) + 1
-                self._list({slot * self.parts + part: pages}, torch.cat(weights))
+                self._list({slot * self.parts + part: pages}, own)
 
     @_outside_inference_mode
     def evict(self, slot: int) -> None:
@@ -310,13 +311,14 @@ class Bank(nn.Module):
             old = self.pages.shape[0]
             grown["pages"] = self.pages.new_zeros(old + new - free, self.pages.shape[1])
             grown["pages"][:old] = self.pages
-            self._free += range(old, grown["pages"].shape[0])
         if self.pages.is_cuda:
             torch.cuda.current_stream(self.pages.device).synchronize()  # other streams do not wait for this one
         _replaced.append(self.pages.nbytes)
+        had = self.pages.shape[0]
         # One assignment: a call in another thread has either all of the old tensors or all of the new ones. The old
         # ones are not written to any more.
         self._buffers = grown
+        self._free.extend(range(had, grown["pages"].shape[0]))
 
     @torch.inference_mode(False)
     def _apply(self, fn, recurse=True):

@@ -22,10 +22,22 @@ def _changed(own: Mapping[str, object], changed: Mapping[str, object]) -> dict[s
         settings.pop(key, None)
         if key in own:
             settings[key] = own[key]
+    tokens, padding = settings.get("vocab_size"), settings.get("pad_token_id")
+    if isinstance(tokens, int) and isinstance(padding, int) and padding >= tokens:
+        settings["pad_token_id"] = own.get("pad_token_id")  # one that was added, which no table of the base has
     for key, value in changed.items():
         if isinstance(value, Mapping) and isinstance(own.get(key), Mapping):
             settings[key] = _changed(own[key], value)
     return settings
+
+
+def _set_padding(config: object, changed: Mapping[str, object]) -> None:
+    """What a loaded model is to know of padding: where sequences end."""
+    if "pad_token_id" in changed:
+        config.pad_token_id = changed["pad_token_id"]
+    for key, value in changed.items():
+        if isinstance(value, Mapping) and hasattr(getattr(config, key, None), "pad_token_id"):
+            _set_padding(getattr(config, key), value)
 
 
 def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:
@@ -63,8 +75,12 @@ def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwarg
         weights = checkpoint.as_stored()
         if model_class is transformers.AutoModel:
             model_class = type(model_class.from_config(config))
-        return model_class.from_pretrained(None, config=config, state_dict=weights, **model_kwargs).eval()
+        model = model_class.from_pretrained(None, config=config, state_dict=weights, **model_kwargs).eval()
+        _set_padding(model.config, changed)
+        return model
     repo_id, revision = (str(base_model), None) if path.is_dir() else hub_id(base_model)
     if revision is not None:
         model_kwargs["revision"] = revision
-    return model_class.from_pretrained(repo_id, config=config, **model_kwargs).eval()
+    model = model_class.from_pretrained(repo_id, config=config, **model_kwargs).eval()
+    _set_padding(model.config, changed)
+    return model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attach import LiveModel
 from .batch import BatchRoute, LeasedRoute, has_uneven_images, leave_batch, main_input, tokens_a_row
-from .errors import NeverMixedError, RoutingError
+from .errors import DTSError, NeverMixedError, RoutingError
 from .nn import DTSModule
 from .routing import Lease, check_names, current_route
 from .slots import BASE, BASE_SLOT, SlotTable
@@ -141,6 +141,25 @@ class Calls:
             entered.left()
             raise
         entered.__enter__()
+
+    def refuse_labels(self, kwargs: Mapping[str, object]) -> None:
+        """Causal models compute their loss with the base's number of tokens.
+
+        Raises:
+            DTSError: labels, in a call whose adapters have more.
+        """
+        current, config = current_route(), getattr(self.live.root, "config", None)
+        if kwargs.get("labels") is None or getattr(config, "is_encoder_decoder", False):
+            return
+        if current is None or current.lease is None or getattr(self.live.root, "get_output_embeddings", None) is None:
+            return
+        slots = set(current.lease.slots.values())
+        head = self.live.root.get_output_embeddings()
+        if any(slot in getattr(head, "added", ()) for slot in slots):
+            raise DTSError(
+                "labels: adapters of this call have more tokens than the base, with which the model would compute the "
+                "loss. Compute it from the logits, as wide as they are."
+            )
 
     def refuse_uneven_images(
         self, main: Tensor | None, kwargs: Mapping[str, object], names: str | Sequence[str], lease: Lease

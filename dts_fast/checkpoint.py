@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import CheckpointError
-from .growth import grown_like
+from .growth import grown_like, is_token_table
 from .pieces import Piece
 
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -303,8 +303,8 @@ class Pairing:
 
     Attributes:
         pairs: base name to fine-tune name; floating point and of equal shape, apart from rows that were added.
-        added: name to fine-tune name, for tensors that are stored whole: those the base does not have (new heads), and
-            running variances.
+        added: name to fine-tune name, for tensors that are stored whole: those the base does not have (new heads),
+            running variances, and BART's bias of logits where tokens were added.
         tied: base name of a tensor that both checkpoints hold as a copy of another, to that other's name.
         skipped: name to reason, for everything that takes no part.
         grown: those of the pairs to which the fine-tune has added rows: tables and heads with more tokens.
@@ -345,7 +345,7 @@ def pair_tensors(
             )
     pairs, added, tied, skipped, grown, missing, shapes = {}, {}, {}, {}, set(), [], []
     both = {n: (base.tensors[n].shape, model.tensors[t].shape) for n, t in model_name.items() if n in base.tensors}
-    tables = [shapes for name, shapes in both.items() if is_embedding(name, shapes[0])]
+    tables = [own for name, own in both.items() if is_embedding(name, own[0]) and is_token_table(name)]
     for name in sorted(base.tensors.keys() | model_name.keys()):
         ours, theirs = base.tensors.get(name), model.tensors.get(model_name.get(name, ""))
         present = theirs or ours
@@ -374,6 +374,8 @@ def pair_tensors(
         elif ours.shape != theirs.shape and grown_like(tables, ours.shape, theirs.shape):
             pairs[name] = model_name[name]
             grown.add(name)
+        elif name.endswith("final_logits_bias") and grown_like(tables, ours.shape[::-1], theirs.shape[::-1]):
+            added[name] = model_name[name]  # BART's, one for each token
         elif ours.shape != theirs.shape:
             shapes.append(f"{name}: base {list(ours.shape)}, fine-tune {list(theirs.shape)}")
         elif name.endswith("running_var") and not torch.equal(

@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .codes import CodedMatrix, LowRankDelta
 from .config import DTSConfig
 from .decompose import singular_values
-from .errors import DTSError
+from .errors import CheckpointError, DTSError
 from .fingerprint import take_fingerprint
 from .fit import checked, fit, fit_vector, relative_error
 from .journal import Journal
@@ -135,7 +135,12 @@ class _Work:
     def delta(self, name: str) -> Tensor:
         """Fine-tune minus base, float32 (float64 where either is float64), on the device where it is fitted."""
         before, after = self.base.get(name), self.fine_tune.get(self.plan.pairs[name])
-        after = after[: len(before)] if before.dim() else after  # what was added has no delta
+        if name in self.plan.grown:
+            after = after[: len(before)]  # what was added has no delta
+        if after.shape != before.shape:
+            raise CheckpointError(
+                f"{name}: the header says {list(before.shape)}, the fine-tune's tensor has {list(after.shape)}."
+            )
         dtype = torch.float64 if torch.float64 in (after.dtype, before.dtype) else torch.float32
         return after.to(self.config.device, dtype) - before.to(self.config.device, dtype)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .adapter_file import Adapter, load_adapter
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, is_embedding
 from .dense import write_like
-from .errors import BaseMismatchError
+from .errors import BaseMismatchError, DTSError
 from .fingerprint import check_fingerprint
-from .growth import added_rows_of, grown_parameter
+from .growth import added_rows_of, grown_parameter, is_token_table
 
 
 def export_full(
@@ -31,11 +32,11 @@ def export_full(
     Raises:
         AdapterFormatError, CheckpointError: an input cannot be read.
         BaseMismatchError: the adapter was made for another base.
-        DTSError: the target exists or cannot be written.
+        DTSError: the target exists or cannot be written; tables and heads of different numbers of tokens.
     """
     adapter, base = load_adapter(adapter_path), Checkpoint.open(base_model)
     check_base(adapter, base)
-    changed = 0
+    settings, changed = _settings(adapter, base), 0
 
     def tensor_of(name: str) -> Tensor:
         nonlocal changed
@@ -51,7 +52,7 @@ def export_full(
             if name not in base.tensors:
                 tensor = _personalised(adapter, base, twin) if twin in base.tensors else added[twin].clone()
                 added[name] = base.get(twin) if tensor is None else tensor
-    write_like(base, out_path, tensor_of, added=added, config=adapter.config["model_config"], overwrite=overwrite)
+    write_like(base, out_path, tensor_of, added=added, config=settings, overwrite=overwrite)
     return changed + len(added)
 
 
@@ -83,9 +84,7 @@ def check_base(adapter: Adapter, base: Checkpoint) -> None:
 
 def _personalised(adapter: Adapter, base: Checkpoint, name: str) -> Tensor | None:
     """A base tensor with the adapter's delta, in the base's dtype; None where the adapter leaves it as it is."""
-    twin = adapter.config["tied"].get(name, "")
-    of_twin = twin in adapter.parameters or added_rows_of(twin) in adapter.parameters
-    source = twin if of_twin and name not in adapter.parameters else name
+    source = _source(adapter, name)
     parameter, rows = adapter.parameters.get(source), adapter.parameters.get(added_rows_of(source))
     if isinstance(parameter, Tensor):
         return parameter.clone()  # a tied tensor is written under two names, which must not share memory
@@ -96,3 +95,57 @@ def _personalised(adapter: Adapter, base: Checkpoint, name: str) -> Tensor | Non
         wide = torch.float64 if value.dtype == torch.float64 else torch.float32
         value = (value.to(wide) + parameter.dequantize(wide)).to(value.dtype)
     return value if rows is None else torch.cat([value, rows.to(value.dtype)])
+
+
+def _source(adapter: Adapter, name: str) -> str:
+    """Under which name an adapter has what it changes in a base tensor: that of another which it is tied to, or its
+    own."""
+    twin = adapter.config["tied"].get(name, "")
+    has_twin = twin in adapter.parameters or added_rows_of(twin) in adapter.parameters
+    return twin if has_twin and name not in adapter.parameters else name
+
+
+def _settings(adapter: Adapter, base: Checkpoint) -> dict[str, object]:
+    """What the written ``config.json`` has in place of the base's: the fine-tune's settings, and as many tokens as the
+    tables have that are written.
+
+    Raises:
+        DTSError: a table and its head with different numbers of tokens, which no model has.
+    """
+    rows: dict[int, dict[int, str]] = {}  # of the base: of what is written, and of which tensor
+    tables = [n for n, info in base.tensors.items() if is_embedding(n, info.shape) and is_token_table(n)]
+    shapes = {base.tensors[name].shape for name in tables}
+    for name in (name for name, info in base.tensors.items() if info.shape in shapes):
+        before, source = base.tensors[name].shape[0], _source(adapter, name)
+        whole, more = adapter.parameters.get(source), adapter.parameters.get(added_rows_of(source))
+        after = len(whole) if isinstance(whole, Tensor) else before + (0 if more is None else len(more))
+        rows.setdefault(before, {}).setdefault(after, name)
+    vocabulary = _vocabulary_sizes(base.config)
+    for before in vocabulary & rows.keys():
+        if len(rows[before]) > 1:
+            found = ", ".join(f"{name} {after}" for after, name in rows[before].items())
+            raise DTSError(
+                f"the adapter has different numbers of tokens in tables and heads ({found}): a model that has this "
+                "cannot be written. Compress with both or neither (--include, --exclude, --whole)."
+            )
+    return _with_vocabulary(adapter.config["model_config"], base.config, {b: next(iter(a)) for b, a in rows.items()})
+
+
+def _vocabulary_sizes(config: Mapping[str, object]) -> set[int]:
+    found = {config["vocab_size"]} if isinstance(config.get("vocab_size"), int) else set()
+    return found.union(*(_vocabulary_sizes(own) for own in config.values() if isinstance(own, Mapping)))
+
+
+def _with_vocabulary(
+    changed: Mapping[str, object], own: Mapping[str, object], rows: Mapping[int, int]
+) -> dict[str, object]:
+    settings = dict(changed)
+    before = own.get("vocab_size")
+    if before in rows and (rows[before] != before or "vocab_size" in settings):
+        settings["vocab_size"] = rows[before]
+    for key, value in own.items():
+        if isinstance(value, Mapping):
+            inner = _with_vocabulary(settings.get(key, value), value, rows)
+            if inner != value:
+                settings[key] = inner
+    return settings

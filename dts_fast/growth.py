@@ -3,11 +3,13 @@ so they are stored as they are, beside the delta of the rows that both have."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 Shape = tuple[int, ...]
 
 _SUFFIX = ".added_rows"
+_OTHER_TABLES = re.compile(r"wpe|pos|type|seg")
 
 
 def added_rows_of(parameter: str) -> str:
@@ -23,6 +25,11 @@ def grown_parameter(name: str) -> str | None:
 def has_grown(before: Shape, after: Shape) -> bool:
     """Whether a tensor has become one with more rows, and is the same otherwise."""
     return len(before) == len(after) > 0 and after[0] > before[0] and after[1:] == before[1:]
+
+
+def is_token_table(name: str) -> bool:
+    """Whether an embedding is one of tokens, by its name, and not of positions, types or segments."""
+    return _OTHER_TABLES.search(name) is None
 
 
 def grown_like(tables: Iterable[tuple[Shape, Shape]], before: Shape, after: Shape) -> bool:

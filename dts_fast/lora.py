@@ -227,9 +227,14 @@ class LoraCheckpoint(Checkpoint):
         pairs, whole = {}, {}
         for key in lora.tensors:
             name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            if ".original_module." in name:  # the base's own, beside what takes its place
+                continue
             match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", name)
-            if match is None and ".lora_" in name:
-                raise CheckpointError(f"{path}: {key!r} is of a kind of LoRA that is no low-rank sum (DoRA, say).")
+            if match is None and (".lora_" in name or ".token_adapter." in name):
+                raise CheckpointError(
+                    f"{path}: {key!r} is of a kind of LoRA that is no low-rank sum (DoRA, trainable tokens). Merge it "
+                    "into the base (merge_and_unload of PEFT), and compress that."
+                )
             if match:
                 pairs.setdefault(match[1], {})[match[3]] = key
             else:
@@ -259,15 +264,14 @@ class LoraCheckpoint(Checkpoint):
         tensors = {**base.tensors, **{name: lora.tensors[key] for name, key in whole.items()}}
         # Their file is the LoRA's: what was made of it is made again when that changes.
         tensors |= {
-            name: TensorInfo(lora.tensors[pair[0]].file, base.tensors[name].shape, torch.float32)
+            name: TensorInfo(lora.tensors[pair[0]].file, tensors[name].shape, torch.float32)
             for name, pair in low_rank.items()
         }
         return cls(str(path), tensors, base.nbytes, base.config, base, low_rank, whole, lora)
 
     def get(self, name: str) -> Tensor:
-        if name in self.whole:
-            return self.lora.get(self.whole[name])
-        before = self.base.get(name)
+        # Of a table that was resized the LoRA's file has the rows that its factors are added to, too.
+        before = self.lora.get(self.whole[name]) if name in self.whole else self.base.get(name)
         if name not in self.low_rank:
             return before
         a_name, b_name, scaling = self.low_rank[name]
@@ -277,7 +281,8 @@ class LoraCheckpoint(Checkpoint):
             delta = delta.t()
         if delta.numel() != before.numel() or delta.shape[0] != before.shape[0]:
             raise CheckpointError(
-                f"{self.source}: the LoRA of {name!r} has shape {list(delta.shape)}, the base {list(before.shape)}."
+                f"{self.source}: the LoRA of {name!r} has shape {list(delta.shape)}, what it is added to "
+                f"{list(before.shape)}."
             )
         return before.to(torch.promote_types(before.dtype, torch.float32)) + delta.reshape(before.shape)
 

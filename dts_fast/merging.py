@@ -50,9 +50,11 @@ def _resize(model: nn.Module, layer: nn.Module, name: str, rows: int) -> None:
     if not isinstance(layer, nn.Embedding):
         return
     for module in model.modules():
-        for config in (getattr(module, "config", None), getattr(getattr(module, "config", None), "text_config", None)):
-            if getattr(config, "vocab_size", None) == before:
-                config.vocab_size = rows
+        config = getattr(module, "config", None)
+        for holder in (module, config, getattr(config, "text_config", None)):
+            for name in ("vocab_size", "decoder_vocab_size"):
+                if getattr(holder, name, None) == before:
+                    setattr(holder, name, rows)
 
 
 def _untie(model: nn.Module) -> None:

@@ -342,6 +342,7 @@ class DTSModel(nn.Module):
             UnknownAdapterError: a name that is not loaded.
         """
         with self._calls.routed(adapter_names, main_input(args, kwargs)):
+            self._calls.refuse_labels(kwargs)
             return self._apart.forward(self.model, args, kwargs)
 
     @torch.no_grad()
@@ -434,7 +435,8 @@ class DTSModel(nn.Module):
         tables = {id(m): m for w in wrappers for m in w.modules() if isinstance(m, (Bank, VectorTable))}.values()
         # Tied layers hold the same tensors.
         stored = {id(p): p.nbytes for w in wrappers for held in w.stored.values() for p in held.values()}
-        added = [rows for w in wrappers for held in getattr(w, "added", {}).values() for rows in held.values()]
+        # Tied ones share these, and so do mixtures.
+        added = {id(t): t.nbytes for w in wrappers for held in getattr(w, "added", {}).values() for t in held.values()}
         own = {id(t): t.nbytes for t in self.model.parameters()}
         # Packed weights are buffers, and no bank's.
         own |= {id(m.packed): m.packed.nbytes for m in self.model.modules() if isinstance(m, PackedLinear)}
@@ -442,15 +444,13 @@ class DTSModel(nn.Module):
 
         def used(slot: int) -> int:
             whole = {id(p): p.nbytes for w in wrappers for p in w.stored.get(slot, {}).values()}
-            rows = sum(t.nbytes for w in wrappers for t in getattr(w, "added", {}).get(slot, {}).values())
-            return sum(whole.values()) + rows + sum(table.nbytes_of(slot) for table in tables)
+            whole |= {id(t): t.nbytes for w in wrappers for t in getattr(w, "added", {}).get(slot, {}).values()}
+            return sum(whole.values()) + sum(table.nbytes_of(slot) for table in tables)
 
         return {
             "base": sum(own.values()),
             "adapters": {name: used(slots[name]) if name in slots else 0 for name in self.slots.names},
-            "reserved": sum(table.nbytes for table in tables)
-            + sum(stored.values())
-            + sum(rows.nbytes for rows in added),
+            "reserved": sum(table.nbytes for table in tables) + sum(stored.values()) + sum(added.values()),
         }
 
     def push_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: object) -> str:
@@ -519,9 +519,9 @@ class DTSModel(nn.Module):
         except DTSError:
             verify()  # what is damaged is to be called that, whatever it looks like
             raise
+        verify()  # before anything goes for it, and before others have to wait
 
         def publish() -> None:
-            verify()
             if self._sources.get(name) != source:
                 self._apart.forget(name)
             self._sources[name], self.adapter_configs[name] = source, adapter.config

@@ -56,12 +56,21 @@ class Writes:
         self._gathered: list[tuple[HasPages, Sequence[int], LowRankDelta]] = []
         self._lists: list[Listing] = []
         self._seen: dict[tuple[int, int], list[Delta]] = {}
+        self._copies: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def is_first(self, bank: HasPages, slot: int, deltas: Iterable[Delta]) -> bool:
         """Whether these deltas were not asked about before, for this slot of this bank."""
         seen, deltas = self._seen.get((id(bank), slot)), list(deltas)
         self._seen[id(bank), slot] = deltas
         return seen is None or list(map(id, seen)) != list(map(id, deltas))
+
+    @torch.inference_mode(False)
+    def copy_of(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A copy of a tensor that an adapter stores whole; the same one for all that ask: tied layers share it."""
+        key = id(tensor), device, dtype
+        if key not in self._copies:
+            self._copies[key] = tensor, tensor.to(device, dtype, copy=True)
+        return self._copies[key][1]
 
     def add_list(self, bank: HasPages, row: int, numbers: Sequence[int], weights: Tensor | float) -> None:
         """Let `write` write a list to a bank on another device."""
@@ -123,7 +132,7 @@ def send_lists(lists: Sequence[Listing]) -> None:
     weights = torch.zeros(len(lists), length, dtype=torch.float32, pin_memory=on_gpu)
     for i, (_, _, numbers, own) in enumerate(lists):
         pages.numpy()[i, : len(numbers)] = numbers
-        weights.numpy()[i, : len(numbers)] = own if isinstance(own, float) else 0
+        weights.numpy()[i, : len(numbers)] = 0 if isinstance(own, Tensor) else own
     device = tensors[0][1].device
     pages, weights = (t.to(device, non_blocking=True) for t in (pages, weights))
     places, values = ([], []), ([], [])

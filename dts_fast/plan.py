@@ -33,6 +33,7 @@ class Plan:
 
     Attributes:
         first_added: of the names in ``whole`` that are added rows of a tensor (`growth`), the first of these.
+        grown: the tensors that have such rows.
     """
 
     pairs: Mapping[str, str]
@@ -44,6 +45,7 @@ class Plan:
     tied: Mapping[str, str]
     skipped: Mapping[str, str]
     first_added: Mapping[str, int]
+    grown: frozenset[str]
 
 
 def make_plan(base: Checkpoint, fine_tune: Checkpoint, config: DTSConfig) -> Plan:
@@ -70,7 +72,18 @@ def make_plan(base: Checkpoint, fine_tune: Checkpoint, config: DTSConfig) -> Pla
         tensor = fine_tune.tensors[theirs]
         whole[name], info[name] = theirs, (tensor.dtype, (tensor.shape[0] - first, *tensor.shape[1:]))
     first_added = {name: first for name, (_, first) in rows.items()}
-    return Plan(pairing.pairs, shapes, matrices, frozenset(vectors), whole, info, pairing.tied, skipped, first_added)
+    return Plan(
+        pairing.pairs,
+        shapes,
+        matrices,
+        frozenset(vectors),
+        whole,
+        info,
+        pairing.tied,
+        skipped,
+        first_added,
+        pairing.grown,
+    )
 
 
 def _sketch(plan: Plan, ranks: Ranks) -> dict[str, Parameter]:

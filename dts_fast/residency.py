@@ -46,6 +46,8 @@ class Residency:
         for device in self._gpus():
             torch.cuda.synchronize(device)  # calls that used it have ended, but their kernels may not have
         with ExitStack() as stack:  # all of them, whatever one raises
+            for device in self._gpus():  # last: loads run on streams that do not wait for this one
+                stack.callback(torch.cuda.current_stream(device).synchronize)
             for wrapper in list(self.wrappers.values()):
                 stack.callback(wrapper.clear_slot, slot)
 
@@ -204,7 +206,8 @@ class Residency:
         # What a new version replaces may go for it, if it can come back where that fails.
         own = {name: table.slot(name)} if name in table.resident and self.has_file(name) else {}
         going: dict[str, int] = {}
-        for more in ({}, *({n: slot} for n, slot in evictable.items()), own):
+        free = own if all(table.can_evict(n) for n in own) else {}
+        for more in ({}, *({n: slot} for n, slot in evictable.items()), free):
             going |= more
             slots = list(going.values())
             if table.free + len(slots) > 0 and fits(slots):

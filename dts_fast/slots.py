@@ -245,6 +245,12 @@ class SlotTable:
         self._finish(slot)
         return True
 
+    def can_evict(self, name: str) -> bool:
+        """Whether no call uses an adapter's slot now."""
+        with self._changed:
+            slot = self._slots.get(name)
+            return slot is not None and not self._leases[slot]
+
     def evictable(self, keep: Collection[str] = ()) -> dict[str, int]:
         """Names that are neither in use, pinned nor in ``keep``, the least recently used first, with their slots."""
         with self._changed:

@@ -95,7 +95,7 @@ def test_each_row_has_the_tokens_of_its_adapter(family):
         known = expected.shape[-1]
         assert_close(mixed[row, :, :known], expected)
         if model.config.model_type != "gemma2":  # caps its logits
-            assert (mixed[row, :, known:] == float("-inf")).all()
+            assert (mixed[row, :, known:] == torch.finfo(mixed.dtype).min).all()
     # A batch whose adapters add none is as wide as the base's.
     assert model(ids[2:], adapter_names=names[2:]).logits.shape[-1] == VOCABULARY
 
@@ -240,6 +240,7 @@ def test_only_what_grows_with_a_table_grows(tmp_path):
         "embed_tokens.weight": torch.randn(50, 12),
         "head.weight": torch.randn(50, 12),
         "p.weight": torch.ones(8, 8),
+        "embed_positions.weight": torch.ones(8, 12),
     }
 
     def pairing(**changed):
@@ -258,9 +259,127 @@ def test_only_what_grows_with_a_table_grows(tmp_path):
         {"embed_tokens_weight": torch.randn(49, 12)},
         {"embed_tokens_weight": torch.randn(53, 13)},
         {"p_weight": torch.ones(9, 8)},
+        {"embed_positions_weight": torch.ones(9, 12)},  # no tokens
     ):
         with pytest.raises(CheckpointError, match="differ in shape"):
             pairing(**changed)
+
+
+def test_labels_are_refused_where_the_loss_would_be_of_other_tokens(family):
+    model, _ = served(family)
+    ids = torch.randint(3, VOCABULARY, (2, 4))
+    with pytest.raises(DTSError, match="labels"):
+        model(ids, labels=ids, adapter_names=["a", "__base__"])
+    assert model(ids, labels=ids, adapter_names="c").loss > 0
+    merged = model.merge_and_unload("a")
+    assert merged(ids, labels=ids).loss > 0
+
+
+@torch.no_grad()
+def test_guidance_keeps_to_the_tokens_that_a_row_has(family):
+    model, _ = served(family)
+    if not model.model.can_generate():
+        pytest.skip("it does not generate")
+    ids = torch.randint(3, VOCABULARY, (2, 4))
+    tokens = model.generate(
+        ids, adapter_names=["a", "__base__"], guidance_scale=1.5, do_sample=False, max_new_tokens=3, pad_token_id=0
+    )
+    assert (tokens[1] < VOCABULARY).all()
+
+
+@torch.no_grad()
+def test_a_padding_token_that_was_added(tmp_path):
+    base = FAMILIES["llama tied"]()
+    base.save_pretrained(tmp_path / "base")
+    tuned = fine_tune(base, 1)
+    tuned.config.pad_token_id = VOCABULARY
+    tuned.save_pretrained(tmp_path / "tuned")
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(density=0.3))
+    model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")
+    assert model.config.pad_token_id == VOCABULARY
+    ids = torch.tensor([[5, VOCABULARY]])
+    export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
+    dense = type(base).from_pretrained(tmp_path / "dense").eval()
+    assert_close(model(ids, adapter_names="a").logits, dense(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "targets"), [("llama tied", ["embed_tokens"]), ("phi", ["embed_tokens", "lm_head"])])
+def test_a_lora_of_a_table_that_it_has_resized(tmp_path, kind, targets):
+    peft = pytest.importorskip("peft")
+    base = FAMILIES[kind]()
+    base.save_pretrained(tmp_path / "base")
+    tuned = fine_tune(base, 0)
+    tuned.load_state_dict(base.state_dict())
+    tuned.resize_token_embeddings(VOCABULARY + 3)
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", *targets])
+    lora = peft.get_peft_model(tuned, config)
+    lora.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    compress(tmp_path / "base", tmp_path / "lora", tmp_path / "a", DTSConfig(rank=16))
+    assert verify(tmp_path / "a", tmp_path / "base", tmp_path / "lora").total_error < 0.5  # 2 bits an element
+    model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")
+    ids = torch.tensor([[5, VOCABULARY + 2, 7, VOCABULARY]])
+    merged = lora.merge_and_unload().eval()
+    table = merged.get_input_embeddings().weight
+    own = load_adapter(tmp_path / "a").parameters[added_rows_of("model.embed_tokens.weight")]
+    torch.testing.assert_close(own, table[VOCABULARY:])
+    export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
+    dense = type(base).from_pretrained(tmp_path / "dense").eval()
+    assert dense.config.vocab_size == VOCABULARY + 3
+    assert_close(model(ids, adapter_names="a").logits, dense(ids).logits)
+
+
+def test_kinds_of_lora_that_are_no_sums_are_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = FAMILIES["phi"]()
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]})
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "lora")
+    with pytest.raises(CheckpointError, match="no low-rank sum"):
+        compress(tmp_path / "base", tmp_path / "lora", tmp_path / "a", DTSConfig(rank=2))
+
+
+@torch.no_grad()
+def test_a_bias_of_logits_grows_too(tmp_path):
+    config = transformers.BartConfig(
+        encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=40,
+        decoder_ffn_dim=40, max_position_embeddings=40, d_model=32, vocab_size=VOCABULARY,
+    )  # fmt: skip
+    base = transformers.BartForConditionalGeneration(config)
+    base.save_pretrained(tmp_path / "base")
+    fine_tune(base, 2).save_pretrained(tmp_path / "tuned")
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(density=0.3))
+    export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
+    model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")
+    ids = torch.tensor([[5, VOCABULARY + 1, 7]])
+    expected = type(base).from_pretrained(tmp_path / "dense").eval()(ids, decoder_input_ids=ids).logits
+    assert_close(model(ids, decoder_input_ids=ids, adapter_names="a").logits, expected)
+    assert model(ids[:, :1], adapter_names="__base__").logits.shape[-1] == VOCABULARY
+    merged = model.merge_and_unload("a")
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(base).from_pretrained(tmp_path / "merged").eval()
+    assert_close(again(ids, decoder_input_ids=ids).logits, expected)
+
+
+def test_tables_and_heads_are_written_with_as_many_tokens(family, tmp_path):
+    folder, kind = family
+    fuse([folder / "a", folder / "c"], tmp_path / "fused", weights=[0.5, 0.5])
+    export_full(tmp_path / "fused", folder / "base", tmp_path / "dense")
+    assert kind.from_pretrained(tmp_path / "dense").config.vocab_size == VOCABULARY + 3
+    compress(folder / "base", folder / "tuned_a", tmp_path / "layers", DTSConfig(rank=2, include="mlp|dense|fc"))
+    export_full(tmp_path / "layers", folder / "base", tmp_path / "small")
+    assert kind.from_pretrained(tmp_path / "small").config.vocab_size == VOCABULARY
+
+
+def test_a_table_without_its_head_cannot_be_written(tmp_path):
+    base = FAMILIES["phi"]()
+    base.save_pretrained(tmp_path / "base")
+    fine_tune(base, 2).save_pretrained(tmp_path / "tuned")
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(rank=2, exclude="lm_head"))
+    with pytest.raises(DTSError, match="different numbers of tokens"):
+        export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
+    model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")
+    assert model(torch.tensor([[VOCABULARY + 1]])).logits.shape[-1] == VOCABULARY
 
 
 def test_rows_of_another_width_are_refused(tmp_path):
@@ -286,18 +405,32 @@ def test_one_layer():
     with route(["a", "__base__", "a"]):
         y = layer(x)
     expected = torch.cat([linear(x), x @ rows.t() + bias], 1)
-    expected[1, 4:] = float("-inf")
+    expected[1, 4:] = torch.finfo(torch.float32).min
     torch.testing.assert_close(y, expected)
     assert torch.equal(layer(x), linear(x))
-    for wrong in ({"weight.added_rows": torch.randn(2, 6)}, {"bias.added_rows": bias}, {"gain.added_rows": rows}):
+    for wrong in (
+        {"weight.added_rows": torch.randn(2, 6)},
+        {"weight.added_rows": torch.tensor(1.0)},
+        {"bias.added_rows": bias},
+        {"gain.added_rows": rows},
+    ):
         with pytest.raises(BaseMismatchError, match=r"adds|added"):
             layer.load_adapter("b", **wrong)
+    assert layer.to("meta").added[0]["weight"].is_meta
     layer.delete_adapter("a")
     assert layer.added == {}
+    linear = torch.nn.Linear(5, 4)
+    layer = DTSLinear(linear)
+    with torch.inference_mode():
+        layer.load_adapter("a", **{"weight.added_rows": rows})
+    with torch.enable_grad(), route("a"):
+        own = torch.randn(2, 5, requires_grad=True)
+        layer(own).sum().backward()
+    torch.testing.assert_close(own.grad, (linear.weight.sum(0) + rows.sum(0)).expand(2, 5))
 
 
 @torch.no_grad()
-def test_autocast_and_a_quantised_base():
+def test_a_quantised_base():
     torchao = pytest.importorskip("torchao.quantization")
     linear = torch.nn.Linear(64, 32, bias=False).bfloat16()
     model = torch.nn.Sequential(linear)
@@ -310,4 +443,6 @@ def test_autocast_and_a_quantised_base():
         y = layer(x)
     assert (y.shape, y.dtype) == ((2, 35), torch.bfloat16)
     torch.testing.assert_close(y[0, 32:], (x[0] @ rows.bfloat16().t()))
-    assert (y[1, 32:] == float("-inf")).all()
+    with pytest.raises(DTSError, match="quantised, and no rows can be added"):
+        layer.dense_parameters(0)
+    assert (y[1, 32:] == torch.finfo(torch.bfloat16).min).all()

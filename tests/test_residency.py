@@ -376,6 +376,21 @@ def test_a_load_waits_for_room_that_a_running_call_holds(folder, expected):
     check(model, expected, "b", "a")
 
 
+def test_a_replacement_waits_for_the_call_that_uses_what_it_replaces(folder, expected):
+    model = make_model(folder, max_adapters=1, eviction="lru")
+    model.load_adapter(folder / "a", "x")
+    slots = model._lease(["x"])  # as a running call has it
+    thread = threading.Thread(target=lambda: model.load_adapter(folder / "b", "x", replace=True))
+    thread.start()
+    time.sleep(0.2)
+    assert thread.is_alive()
+    model.slots.end_lease(slots.values())
+    thread.join(20)
+    assert not thread.is_alive()
+    with torch.no_grad():
+        assert torch.equal(model(IDS, adapter_names="x"), expected["b"])
+
+
 def test_a_call_that_loads_does_not_wait_for_itself(folder):
     model = make_model(folder, max_adapters=1, eviction="lru")
     model.load_adapter(folder / "a", "a")
@@ -426,14 +441,14 @@ def test_what_cannot_be_done_leaves_no_pin_and_no_lease(folder, monkeypatch):
     model.load_adapter(folder / "b", "again")
 
 
-def test_a_damaged_file_is_found_before_anything_can_use_it(folder, expected, tmp_path):
-    """The checksum is computed while pages are written."""
+def test_a_damaged_file_is_found_before_anything_goes_for_it(folder, expected, tmp_path):
+    """The checksum is computed beside the reading."""
     shutil.copytree(folder / "b", tmp_path / "b")
     weights = tmp_path / "b" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    model = make_model(folder, max_adapters=2, max_rank=7)
+    model = make_model(folder, max_adapters=2)
     layers = dict(model.model.named_children())
     with pytest.raises(AdapterFormatError, match="damaged"):
         model.load_adapter(tmp_path / "b", "b")  # the first: no layer stays wrapped for it
@@ -445,6 +460,12 @@ def test_a_damaged_file_is_found_before_anything_can_use_it(folder, expected, tm
             model.load_adapter(tmp_path / "b", **({"adapter_name": "b"} | settings))
         assert contents(model) == before
     check(model, expected, "a")
+    full = make_model(folder, max_adapters=1, eviction="lru")
+    full.load_adapter(folder / "a", "a")
+    for settings in ({"adapter_name": "b"}, {"adapter_name": "a", "replace": True}):
+        with pytest.raises(AdapterFormatError, match="damaged"):
+            full.load_adapter(tmp_path / "b", **settings)
+        assert full.resident_adapters == ["a"]
     with pytest.raises(AdapterFormatError, match="damaged"):
         DTSModel.from_pretrained(model.merge_and_unload("__base__"), tmp_path / "b", "b")
 

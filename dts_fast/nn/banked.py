@@ -58,8 +58,8 @@ class BankedModule(DTSModule):
         if not _are_deltas(parameters) or (added and not self.can_grow):
             return super().load_slot(slot, given, writes)
         if added:
-            device, dtype = self.base_kind("weight")
-            self.added[slot] = {name: rows.to(device, dtype, copy=True) for name, rows in added.items()}
+            kind, own = self.base_kind("weight"), writes or Writes()
+            self.added[slot] = {name: own.copy_of(rows, *kind) for name, rows in added.items()}
         if "weight" in parameters:
             self.bank.load_deltas(slot, {0: self._for_pages(parameters["weight"])}, writes)
         if "bias" in parameters:
@@ -116,6 +116,12 @@ class BankedModule(DTSModule):
         mixed = {name: mix(added_rows_of(name), [(weight, rows.get(name)) for weight, rows in parts]) for name in names}
         if mixed:
             self.added[slot] = mixed
+
+    def _apply(self, fn, recurse=True):
+        # Moves between devices only, as the bank's.
+        for rows in self.added.values():
+            rows |= {name: t.to(fn(t.new_empty(0)).device) for name, t in rows.items()}
+        return super()._apply(fn, recurse)
 
     def clear_slot(self, slot: int) -> None:
         super().clear_slot(slot)

@@ -171,12 +171,14 @@ class DTSLinear(BankedModule):
         return y if input.dim() == 2 else y.view(*input.shape[:-1], y.shape[-1])
 
     def _with_added(self, y: Tensor, x: Tensor, slots: Slots, ids: Tensor) -> Tensor:
-        """``y [M, N]`` with the outputs that adapters of the call add (tokens that a head's base does not have); minus
-        infinity where another adapter's row has none."""
+        """``y [M, N]`` with the outputs that adapters of the call add (tokens that a head's base does not have). Where
+        another adapter's row has none stands the least number that there is, and not minus infinity: differences of
+        two such (guidance) are to be numbers."""
         added = self.added_in(slots)
         if not added:
             return y
-        more = y.new_full((y.shape[0], max(len(rows["weight"]) for rows in added.values())), float("-inf"))
+        width, least = max(len(rows["weight"]) for rows in added.values()), torch.finfo(y.dtype).min
+        more = y.new_full((y.shape[0], width), least)
         for slot, rows in added.items():
             own = linear(x.to(rows["weight"].dtype), rows["weight"], rows.get("bias")).to(y.dtype)
             part = more[:, : own.shape[1]]

@@ -180,7 +180,8 @@ class DTSModule(nn.Module):
 
     def _check_added(self, kind: str, name: str, rows: Parameter, parameters: Mapping[str, Parameter]) -> None:
         shape = self.base_shape(name)
-        if shape is None or not isinstance(rows, Tensor) or tuple(rows.shape[1:]) != shape[1:]:
+        whole = isinstance(rows, Tensor) and rows.dim() > 0
+        if shape is None or not whole or tuple(rows.shape[1:]) != shape[1:]:
             expected = "no such parameter" if shape is None else f"whole rows of {list(shape[1:])}"
             raise BaseMismatchError(
                 f"rows added to {name!r} of {kind}: the base has {expected}, the adapter {list(rows.shape)}. Attach it "
@@ -258,6 +259,12 @@ class DTSModule(nn.Module):
         for name, parameter in sorted(held.items(), key=lambda item: grown_parameter(item[0]) is not None):
             grown = grown_parameter(name)
             if grown is not None:  # behind what it grows
+                if grown == "weight" and "weight" not in dense and not self.has_plain_weight:
+                    raise DTSError(
+                        f"the weight of this {type(self.base_layer).__name__} is quantised, and no rows can be added "
+                        "to it. Serve the adapter unmerged, or merge it into the full-precision base (dts-fast export "
+                        "full)."
+                    )
                 value = dense[grown] if grown in dense else self.base_parameter(grown)
                 dense[grown] = torch.cat([value, parameter.to(value.device, value.dtype)])
                 continue
