@@ -299,6 +299,9 @@ def read_config(folder: Path) -> dict[str, object]:
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise AdapterFormatError(f"{file}: expected {key!r} of type {kind.__name__}, got {config.get(key)!r}.")
+    ends = config.get("eos_token_id", [])
+    if not isinstance(ends, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ends):
+        raise AdapterFormatError(f"{file}: expected 'eos_token_id' a list of tokens, got {ends!r}.")
     if config["base_nbytes"] <= 0 or not all(
         error is None or (isinstance(error, (int, float)) and 0 <= error < 1e9) for error in config["errors"]
     ):

@@ -314,11 +314,13 @@ class Bank(nn.Module):
         if self.pages.is_cuda:
             torch.cuda.current_stream(self.pages.device).synchronize()  # other streams do not wait for this one
         _replaced.append(self.pages.nbytes)
-        had = self.pages.shape[0]
+        outgrown = self._buffers
         # One assignment: a call in another thread has either all of the old tensors or all of the new ones. The old
         # ones are not written to any more.
         self._buffers = grown
-        self._free.extend(range(had, grown["pages"].shape[0]))
+        self._free.extend(range(outgrown["pages"].shape[0], grown["pages"].shape[0]))
+        if self.pages.is_cuda:
+            torch.cuda.synchronize(self.pages.device)  # kernels of other streams may be reading what goes with this
 
     @torch.inference_mode(False)
     def _apply(self, fn, recurse=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from .checkpoint import Checkpoint, hub_id
+from .endings import as_ends, end_tokens
 from .errors import CheckpointError, DTSError
 
 # Settings of a model that a fine-tune may change, while the base that it is served from keeps its own.
@@ -38,6 +39,15 @@ def _set_padding(config: object, changed: Mapping[str, object]) -> None:
     for key, value in changed.items():
         if isinstance(value, Mapping) and hasattr(getattr(config, key, None), "pad_token_id"):
             _set_padding(getattr(config, key), value)
+
+
+def _as_used(model: nn.Module, checkpoint: Checkpoint, changed: Mapping[str, object]) -> nn.Module:
+    _set_padding(model.config, changed)
+    # Made from the configuration, which the fine-tune may have changed, where the base has no file for it.
+    settings, ends = getattr(model, "generation_config", None), end_tokens(checkpoint)
+    if settings is not None and ends and as_ends(settings.eos_token_id) != tuple(ends):
+        settings.eos_token_id = ends
+    return model
 
 
 def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:
@@ -76,11 +86,9 @@ def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwarg
         if model_class is transformers.AutoModel:
             model_class = type(model_class.from_config(config))
         model = model_class.from_pretrained(None, config=config, state_dict=weights, **model_kwargs).eval()
-        _set_padding(model.config, changed)
-        return model
+        return _as_used(model, checkpoint, changed)
     repo_id, revision = (str(base_model), None) if path.is_dir() else hub_id(base_model)
     if revision is not None:
         model_kwargs["revision"] = revision
     model = model_class.from_pretrained(repo_id, config=config, **model_kwargs).eval()
-    _set_padding(model.config, changed)
-    return model
+    return _as_used(model, checkpoint, changed)

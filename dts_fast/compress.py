@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint
 from .codes import CodedMatrix, LowRankDelta
 from .config import DTSConfig
 from .decompose import singular_values
+from .endings import KEY, end_tokens
 from .errors import CheckpointError, DTSError
 from .fingerprint import take_fingerprint
 from .fit import checked, fit, fit_vector, relative_error
@@ -215,7 +216,9 @@ def _describe(
         for key, value in fine_tune.config.items()
         if key not in ignored and base.config.get(key) != value and base.config
     }
+    ends = end_tokens(fine_tune)
     return {
+        **({KEY: ends} if ends and ends != end_tokens(base) else {}),
         "base_model_name_or_path": str(config.reference or base_model),
         "base_nbytes": base_nbytes,
         "compression": settings,

@@ -31,6 +31,7 @@ def write_like(
     *,
     added: Mapping[str, Tensor] | None = None,
     config: Mapping[str, object] | None = None,
+    generation: Mapping[str, object] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint directory with the files of ``like``.
@@ -39,6 +40,7 @@ def write_like(
         tensor_of: the tensor to write under each of ``like``'s names.
         added: tensors beyond those, written to the last file.
         config: keys of ``config.json`` that differ from ``like``'s.
+        generation: keys of ``generation_config.json`` that do, if there is one.
 
     Raises:
         DTSError: the target exists or cannot be written.
@@ -65,6 +67,10 @@ def write_like(
         for companion in next(iter(files)).parent.iterdir():
             if companion.is_file() and _COMPANION.fullmatch(companion.name):
                 shutil.copyfile(companion, staging / companion.name)
+        settings = staging / "generation_config.json"
+        if generation and settings.is_file():
+            merged = {**json.loads(settings.read_text(encoding="utf-8")), **generation}
+            settings.write_text(json.dumps(merged, indent=2, sort_keys=True), encoding="utf-8")
         if like.config:
             merged = {**like.config, **(config or {})}
             text = json.dumps(encode_numbers(merged), indent=2, sort_keys=True)

@@ -21,6 +21,7 @@ from .base import load_base
 from .batch import main_input
 from .calls import Calls
 from .characteristic import characteristic_of
+from .endings import KEY, Ends, as_ends, with_endings
 from .errors import AdapterFormatError, BaseMismatchError, DTSError
 from .hub import push_adapter
 from .merging import write_merged
@@ -348,7 +349,8 @@ class DTSModel(nn.Module):
     @torch.no_grad()
     def generate(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
         """``generate`` of transformers; ``adapter_names`` as in `forward`, one name for each prompt also with beams
-        or several return sequences.
+        or several return sequences. Unless ``eos_token_id`` or a ``generation_config`` is given, each row ends at the
+        end tokens of its own fine-tune.
 
         Raises:
             RoutingError, MixedBatchError, UnknownAdapterError: as `forward`.
@@ -357,7 +359,16 @@ class DTSModel(nn.Module):
         with self._calls.routed(adapter_names, main, expandable=True):
             if (current := current_route()) is not None and current.lease is not None:
                 self._calls.refuse_uneven_images(main, kwargs, current.adapter_names, current.lease)
-            return self._apart.generate(self.model.generate, args, kwargs, self.model)
+            return self._apart.generate(self._generate, args, kwargs, self.model)
+
+    def _generate(self, *args, **kwargs):
+        names = current_route().adapter_names
+        settings = getattr(self.model, "generation_config", None)
+        return self.model.generate(*args, **with_endings(kwargs, names, self._ends_of, settings))
+
+    def _ends_of(self, name: str) -> Ends | None:
+        config = self.adapter_configs.get(name, {})
+        return as_ends(config.get(KEY)) or None
 
     def compile(self, *args: object, **kwargs: object) -> None:
         """Compile the model's forward in place, as `torch.nn.Module.compile` (arguments are `torch.compile`'s). One
@@ -391,6 +402,9 @@ class DTSModel(nn.Module):
             self._live.put(path, self._wrappers.pop(path).base_layer)
         self.model = self._live.root
         write_merged(self.model, layers, merged)
+        settings, ends = getattr(self.model, "generation_config", None), self._ends_of(name)
+        if settings is not None and ends is not None:
+            settings.eos_token_id = list(ends)
         for name in self.slots.names:
             self.slots.release(name)
         self.adapter_configs.clear()
