@@ -141,8 +141,7 @@ class Apart:
                 self._refused.clear()
             self._refused[key] = refusal
         warnings.warn(
-            f"a batch of these adapters runs once for each of them, and returns no cache, since a layer cannot tell "
-            f"its rows apart: {refusal}",
+            f"a batch of these adapters runs once for each of them, and returns no cache: {refusal}",
             stacklevel=level,
         )
         return result

@@ -70,12 +70,14 @@ class Checkpoint:
         tensors: name to `TensorInfo`; a stack of experts is not among them, but each of its matrices (`pieces.Piece`).
         nbytes: size of the checkpoint's safetensors files on disk.
         config: the ``config.json`` beside the files, or an empty dict.
+        folder: where that would be.
     """
 
     source: str
     tensors: Mapping[str, TensorInfo]
     nbytes: int
     config: Mapping[str, object] = field(default_factory=dict)
+    folder: Path | None = None
 
     @classmethod
     def open(cls, source: str | Path, *, stacks: bool = False) -> Checkpoint:
@@ -109,7 +111,7 @@ class Checkpoint:
             if not isinstance(config, dict):
                 raise CheckpointError(f"{config_file}: expected a JSON object, got a {type(config).__name__}.")
         size = sum(file.stat().st_size for file in files)
-        return cls(source=str(source), tensors=tensors, nbytes=size, config=config)
+        return cls(source=str(source), tensors=tensors, nbytes=size, config=config, folder=folder)
 
     def get(self, name: str) -> Tensor:
         """Load one tensor. The file is mapped for this tensor only, so that nothing stays in memory behind it."""

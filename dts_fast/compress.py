@@ -218,7 +218,7 @@ def _describe(
     }
     ends = end_tokens(fine_tune)
     return {
-        **({KEY: ends} if ends and ends != end_tokens(base) else {}),
+        **({KEY: ends} if ends and set(ends) != set(end_tokens(base)) else {}),
         "base_model_name_or_path": str(config.reference or base_model),
         "base_nbytes": base_nbytes,
         "compression": settings,

@@ -67,14 +67,26 @@ def write_like(
         for companion in next(iter(files)).parent.iterdir():
             if companion.is_file() and _COMPANION.fullmatch(companion.name):
                 shutil.copyfile(companion, staging / companion.name)
+        for_config = dict(config or {})
         settings = staging / "generation_config.json"
         if generation and settings.is_file():
-            merged = {**json.loads(settings.read_text(encoding="utf-8")), **generation}
-            settings.write_text(json.dumps(merged, indent=2, sort_keys=True), encoding="utf-8")
+            _merge_into(settings, generation)
+        elif generation:  # transformers then takes them from there
+            for_config |= generation
         if like.config:
-            merged = {**like.config, **(config or {})}
+            merged = {**like.config, **for_config}
             text = json.dumps(encode_numbers(merged), indent=2, sort_keys=True)
             (staging / "config.json").write_text(text, encoding="utf-8")
+
+
+def _merge_into(file: Path, settings: Mapping[str, object]) -> None:
+    """Settings in the place of those of a JSON file; one that holds no object stays as it is."""
+    try:
+        own = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return
+    if isinstance(own, Mapping):
+        file.write_text(json.dumps({**own, **settings}, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
-"""Where generated sequences end: each row at the end tokens of its own fine-tune, as their generation_config.json or
-config.json name them (a chat model's are others than its base's)."""
+"""Where generated sequences end: each row at the end tokens of its own fine-tune, as its generation_config.json or
+config.json names them (a chat model's are others than its base's)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .errors import MixedBatchError
 
 KEY = "eos_token_id"  # of adapter_config.json, as of the configurations of transformers
 
 Ends = tuple[int, ...]
 
+# What transformers does with the end tokens of a whole call besides ending it.
+_OF_ALL_ROWS = ("exponential_decay_length_penalty", "forced_eos_token_id")
+
 
 def end_tokens(checkpoint: Checkpoint) -> list[int]:
-    """The tokens at which a model's generated sequences end, sorted; none where its files name none."""
-    folder = next((info.file.parent for info in checkpoint.tensors.values()), None)
-    file = folder / "generation_config.json" if folder is not None else None
-    settings: Mapping[str, object] = {}
+    """The tokens at which a model's generated sequences end; none where its files name none."""
+    file = checkpoint.folder / "generation_config.json" if checkpoint.folder is not None else None
     if file is not None and file.is_file():
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:  # what transformers would not read either
-            settings = {}
-    nested = checkpoint.config.get("text_config")
-    for source in (settings, checkpoint.config, nested):
+        except (ValueError, OSError, RecursionError):  # then transformers goes by the other file, too
+            settings = None
+        if isinstance(settings, Mapping):
+            return list(as_ends(settings.get(KEY)))
+    for source in (checkpoint.config, checkpoint.config.get("text_config")):
         found = as_ends(source.get(KEY)) if isinstance(source, Mapping) else ()
         if found:
             return list(found)
@@ -38,41 +41,86 @@ def as_ends(value: object) -> Ends:
     """One token, several, or none, as a configuration has them."""
     values = value.flatten().tolist() if isinstance(value, Tensor) else value
     values = values if isinstance(values, (list, tuple)) else [values]
-    return tuple(sorted({each for each in values if type(each) is int and each >= 0}))
+    return tuple(dict.fromkeys(each for each in values if type(each) is int and each >= 0))
 
 
-def with_endings(
-    kwargs: Mapping[str, object], names: str | Sequence[str], ends_of: Callable[[str], Ends | None], settings: object
-) -> dict[str, object]:
-    """Arguments of transformers' ``generate`` with which each row ends where its adapter's fine-tune does. What the
-    caller says of it (``eos_token_id``, ``generation_config``) stands.
+class Endings:
+    """Of one call of ``generate``: where the rows of each of its adapters end, as it is when the call begins.
 
     Args:
-        names: of adapters, one for all rows or one for each.
+        names: of the adapters of the call.
         ends_of: an adapter's end tokens; None for the base's.
         settings: the model's ``generation_config``.
     """
-    if KEY in kwargs or kwargs.get("generation_config") is not None:
-        return dict(kwargs)
-    base = as_ends(getattr(settings, KEY, None))
-    ends = [ends_of(name) or base for name in ([names] if isinstance(names, str) else names)]
-    if set(ends) == {base}:
-        return dict(kwargs)
-    if len(set(ends)) == 1:
-        return {**kwargs, KEY: list(ends[0])}
 
-    def said(name: str) -> int | None:
-        return kwargs[name] if kwargs.get(name) is not None else getattr(settings, name, None)
+    def __init__(self, names: str | Sequence[str], ends_of: Callable[[str], Ends | None], settings: object) -> None:
+        self.settings = settings
+        self.base = as_ends(getattr(settings, KEY, None))
+        self._own = {name: ends_of(name) or self.base for name in ([names] if isinstance(names, str) else names)}
 
-    padding = said("pad_token_id")
-    if padding is None:
-        padding = (base or max(ends))[0]
-    changed = {KEY: None, "pad_token_id": padding}
-    changed["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), _EndOfRows(ends)]
-    least, least_new = said("min_length") or 0, said("min_new_tokens") or 0
-    if least or least_new:
-        changed["logits_processor"] = [*(kwargs.get("logits_processor") or ()), _NotYet(ends, least, least_new)]
-    return {**kwargs, **changed}
+    @property
+    def needed(self) -> bool:
+        """Whether any row ends elsewhere than the base's."""
+        return any(set(own) != set(self.base) for own in self._own.values())
+
+    def said(self, kwargs: Mapping[str, object], name: str) -> object:
+        """A setting of the call: the first that the arguments, their configuration and the model's have."""
+        for source in (kwargs.get("generation_config"), self.settings):
+            value = kwargs[name] if kwargs.get(name) is not None else getattr(source, name, None)
+            if value is not None:
+                return value
+        return None
+
+    def padded(self, kwargs: Mapping[str, object]) -> dict[str, object]:
+        """Arguments with what finished rows are filled with, where neither they nor the model say it."""
+        if not self.needed or self.base or self.said(kwargs, "pad_token_id") is not None or KEY in kwargs:
+            return dict(kwargs)
+        return {**kwargs, "pad_token_id": next(own for own in self._own.values() if own)[0]}
+
+    def put_in(self, kwargs: Mapping[str, object], names: str | Sequence[str], ids: object) -> dict[str, object]:
+        """Arguments with which each row ends where its adapter's fine-tune does. What the caller says of it stands.
+
+        Args:
+            names: one for all rows or one for each.
+            ids: the prompts ``[B, T]``, if the call has them as tokens.
+
+        Raises:
+            MixedBatchError: rows end at different tokens, in a kind of search that knows one set of them.
+        """
+        if KEY in kwargs or getattr(kwargs.get("generation_config"), KEY, None) is not None:
+            return dict(kwargs)
+        ends = [self._own[name] for name in ([names] if isinstance(names, str) else names)]
+        if all(set(own) == set(self.base) for own in ends):
+            return dict(kwargs)
+        if len({frozenset(own) for own in ends}) == 1:
+            return {**kwargs, KEY: list(ends[0])}
+        least, least_new = self.said(kwargs, "min_length") or 0, self.said(kwargs, "min_new_tokens") or 0
+        of_all = any(self.said(kwargs, name) is not None for name in _OF_ALL_ROWS)
+        if (self.said(kwargs, "num_beams") or 1) > 1 or of_all or (least and kwargs.get("inputs_embeds") is not None):
+            raise MixedBatchError(
+                "its fine-tunes end at different tokens, and this kind of search knows one set of them"
+            )
+        padding = self.said(kwargs, "pad_token_id")
+        changed: dict[str, object] = {KEY: None}
+        tokens = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+        if tokens and kwargs.get("attention_mask") is None:
+            changed["attention_mask"] = _mask(ids, ends, padding)
+        changed["pad_token_id"] = padding if padding is not None else (self.base or max(ends))[0]
+        changed["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), _EndOfRows(ends)]
+        if least or least_new:
+            earlier = kwargs.get("logits_processor") or ()
+            changed["logits_processor"] = [*earlier, _NotYet(ends, 0 if least_new else least, least_new)]
+        return {**kwargs, **changed}
+
+
+def _mask(ids: Tensor, ends: Sequence[Ends], padding: object) -> Tensor:
+    """What transformers takes for padding where no mask is given: a token for it that is not an end token as well."""
+    mask = torch.ones_like(ids)
+    for row, own in enumerate(ends):
+        pad = own[0] if padding is None and own else padding
+        if isinstance(pad, int) and pad not in own:
+            mask[row] = ids[row] != pad
+    return mask
 
 
 class _Rows:
@@ -81,7 +129,8 @@ class _Rows:
         self._table = torch.tensor([[*own, *[-1] * (most - len(own))] for own in ends])
 
     def table(self, sequences: Tensor) -> Tensor:
-        """``[rows, most]``: the end tokens of each sequence, -1 where there are no more; beams are neighbours."""
+        """``[rows, most]``: the end tokens of each sequence, -1 where there are no more; those of a prompt are
+        neighbours."""
         self._table = self._table.to(sequences.device)
         return self._table.repeat_interleave(sequences.shape[0] // self._table.shape[0], 0)
 
@@ -111,8 +160,8 @@ class _NotYet(_Rows):
         self._prompt = length if self._prompt is None else self._prompt
         if length >= max(self.least, self._prompt + self.least_new):
             return scores
-        table = self.table(sequences)
-        # Where a row has fewer than the most, its first one stands in the place of those that are missing.
-        table = torch.where(table < 0, table[:, :1], table)
-        filled = torch.where(table < 0, scores.gather(1, table.clamp_min(0)), float("-inf"))
-        return scores.scatter(1, table.clamp_min(0), filled)
+        for tokens in self.table(sequences).unbind(1):
+            there = (tokens >= 0) & (tokens < scores.shape[1])
+            at = torch.where(there, tokens, 0)[:, None]
+            scores = scores.scatter(1, at, torch.where(there[:, None], float("-inf"), scores.gather(1, at)))
+        return scores

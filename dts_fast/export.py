@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def export_full(
     Raises:
         AdapterFormatError, CheckpointError: an input cannot be read.
         BaseMismatchError: the adapter was made for another base.
-        DTSError: the target exists or cannot be written; tables and heads of different numbers of tokens.
+        DTSError: the target exists or cannot be written; a table with more tokens than its head.
     """
     adapter, base = load_adapter(adapter_path), Checkpoint.open(base_model)
     check_base(adapter, base)
@@ -112,42 +113,49 @@ def _settings(adapter: Adapter, base: Checkpoint) -> dict[str, object]:
     tables have that are written.
 
     Raises:
-        DTSError: a table and its head with different numbers of tokens, which no model has.
+        DTSError: a table with more tokens than its head, which no model has.
     """
-    rows: dict[int, dict[int, str]] = {}  # of the base: of what is written, and of which tensor
     tables = [n for n, info in base.tensors.items() if is_embedding(n, info.shape) and is_token_table(n)]
-    shapes = {base.tensors[name].shape for name in tables}
-    for name in (name for name, info in base.tensors.items() if info.shape in shapes):
-        before, source = base.tensors[name].shape[0], _source(adapter, name)
-        whole, more = adapter.parameters.get(source), adapter.parameters.get(added_rows_of(source))
-        after = len(whole) if isinstance(whole, Tensor) else before + (0 if more is None else len(more))
-        rows.setdefault(before, {}).setdefault(after, name)
-    vocabulary = _vocabulary_sizes(base.config)
-    for before in vocabulary & rows.keys():
-        if len(rows[before]) > 1:
-            found = ", ".join(f"{name} {after}" for after, name in rows[before].items())
+    rows: dict[int, set[int]] = {}
+    for name in tables:
+        rows.setdefault(base.tensors[name].shape[0], set()).add(_rows_written(adapter, base, name))
+    # Of tables that had as many and have not any more (an encoder's and a decoder's) the fine-tune's settings tell.
+    sizes = {before: after.pop() for before, after in rows.items() if len(after) == 1}
+    for name in (name for name in base.tensors if _HEAD.search(name) is not None):
+        before, whole = base.tensors[name].shape[0], adapter.parameters.get(_source(adapter, name))
+        after = sizes.get(before, before)
+        if not isinstance(whole, Tensor) and before != after != _rows_written(adapter, base, name):
             raise DTSError(
-                f"the adapter has different numbers of tokens in tables and heads ({found}): a model that has this "
-                "cannot be written. Compress with both or neither (--include, --exclude, --whole)."
+                f"the adapter adds tokens to the table and not to the head {name}: a model that has this cannot be "
+                "written. Compress with both or neither (--include, --exclude, --whole)."
             )
-    return _with_vocabulary(adapter.config["model_config"], base.config, {b: next(iter(a)) for b, a in rows.items()})
+    return _with_vocabulary(adapter.config["model_config"], base.config, sizes)
 
 
-def _vocabulary_sizes(config: Mapping[str, object]) -> set[int]:
-    found = {config["vocab_size"]} if isinstance(config.get("vocab_size"), int) else set()
-    return found.union(*(_vocabulary_sizes(own) for own in config.values() if isinstance(own, Mapping)))
+# A language model's, by the names that model families give it.
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+
+
+def _rows_written(adapter: Adapter, base: Checkpoint, name: str) -> int:
+    source = _source(adapter, name)
+    whole, more = adapter.parameters.get(source), adapter.parameters.get(added_rows_of(source))
+    if isinstance(whole, Tensor):
+        return len(whole)
+    return base.tensors[name].shape[0] + (0 if more is None else len(more))
 
 
 def _with_vocabulary(
     changed: Mapping[str, object], own: Mapping[str, object], rows: Mapping[int, int]
 ) -> dict[str, object]:
+    """Settings whose numbers of tokens are those of tables that are written, also within nested ones."""
     settings = dict(changed)
     before = own.get("vocab_size")
-    if before in rows and (rows[before] != before or "vocab_size" in settings):
+    if type(before) is int and before in rows and (rows[before] != before or "vocab_size" in settings):
         settings["vocab_size"] = rows[before]
     for key, value in own.items():
-        if isinstance(value, Mapping):
-            inner = _with_vocabulary(settings.get(key, value), value, rows)
-            if inner != value:
+        theirs = settings.get(key, value)
+        if isinstance(value, Mapping) and isinstance(theirs, Mapping):
+            inner = _with_vocabulary(theirs, value, rows)
+            if inner != theirs:
                 settings[key] = inner
     return settings

@@ -267,7 +267,17 @@ class LoraCheckpoint(Checkpoint):
             name: TensorInfo(lora.tensors[pair[0]].file, tensors[name].shape, torch.float32)
             for name, pair in low_rank.items()
         }
-        return cls(str(path), tensors, base.nbytes, base.config, base, low_rank, whole, lora)
+        return cls(
+            source=str(path),
+            tensors=tensors,
+            nbytes=base.nbytes,
+            config=base.config,
+            folder=base.folder,
+            base=base,
+            low_rank=low_rank,
+            whole=whole,
+            lora=lora,
+        )
 
     def get(self, name: str) -> Tensor:
         # Of a table that was resized the LoRA's file has the rows that its factors are added to, too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from .base import load_base
 from .batch import main_input
 from .calls import Calls
 from .characteristic import characteristic_of
-from .endings import KEY, Ends, as_ends, with_endings
+from .endings import KEY, Endings, Ends, as_ends
 from .errors import AdapterFormatError, BaseMismatchError, DTSError
 from .hub import push_adapter
 from .merging import write_merged
@@ -303,7 +304,7 @@ class DTSModel(nn.Module):
 
         def publish() -> None:
             self._apart.forget(adapter_name)
-            self.adapter_configs[adapter_name] = {"members": list(chosen.items())}
+            self.adapter_configs[adapter_name] = {"members": list(chosen.items()), **self._common_ends(chosen)}
 
         complete = False
         while not complete:
@@ -349,8 +350,8 @@ class DTSModel(nn.Module):
     @torch.no_grad()
     def generate(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
         """``generate`` of transformers; ``adapter_names`` as in `forward`, one name for each prompt also with beams
-        or several return sequences. Unless ``eos_token_id`` or a ``generation_config`` is given, each row ends at the
-        end tokens of its own fine-tune.
+        or several return sequences. Unless ``eos_token_id`` is given, or a ``generation_config`` that has one, each
+        row ends at the end tokens of its own fine-tune.
 
         Raises:
             RoutingError, MixedBatchError, UnknownAdapterError: as `forward`.
@@ -359,12 +360,24 @@ class DTSModel(nn.Module):
         with self._calls.routed(adapter_names, main, expandable=True):
             if (current := current_route()) is not None and current.lease is not None:
                 self._calls.refuse_uneven_images(main, kwargs, current.adapter_names, current.lease)
-            return self._apart.generate(self._generate, args, kwargs, self.model)
+            names = BASE if current is None else current.adapter_names
+            endings = Endings(names, self._ends_of, getattr(self.model, "generation_config", None))
+            if not endings.needed:
+                return self._apart.generate(self.model.generate, args, kwargs, self.model)
+            named = _by_name(self.model.generate, args, kwargs)  # some of them are changed
 
-    def _generate(self, *args, **kwargs):
-        names = current_route().adapter_names
-        settings = getattr(self.model, "generation_config", None)
-        return self.model.generate(*args, **with_endings(kwargs, names, self._ends_of, settings))
+            def run(**kwargs):
+                ids = kwargs.get("input_ids", kwargs.get("inputs"))
+                return self.model.generate(**endings.put_in(kwargs, current_route().adapter_names, ids))
+
+            return self._apart.generate(run, (), endings.padded(named), self.model)
+
+    def _common_ends(self, members: Iterable[str]) -> dict[str, list[int]]:
+        """Of a mixture: at any of its members' end tokens."""
+        base = as_ends(getattr(getattr(self.model, "generation_config", None), KEY, None))
+        ends = [self._ends_of(name) or base for name in members]
+        union = list(dict.fromkeys(token for own in ends for token in own))
+        return {KEY: union} if union and set(union) != set(base) else {}
 
     def _ends_of(self, name: str) -> Ends | None:
         config = self.adapter_configs.get(name, {})
@@ -581,6 +594,16 @@ class DTSModel(nn.Module):
         if verify_base:
             self._live.check_base(adapter, live)
         return owned
+
+
+def _by_name(function: Callable, args: tuple, kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Arguments of a call, all by their names."""
+    signature = inspect.signature(function)
+    named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
 
 
 @dataclass(frozen=True)

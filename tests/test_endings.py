@@ -13,6 +13,7 @@ from dts_fast.checkpoint import Checkpoint
 from dts_fast.endings import as_ends, end_tokens
 from dts_fast.errors import AdapterFormatError
 from dts_fast.export import export_full
+from dts_fast.fuse import fuse
 
 ENDS = {"a": list(range(4, 60, 2)), "b": list(range(1, 60, 2)), "c": 2}  # the base's: 2
 
@@ -80,9 +81,8 @@ def test_each_row_ends_as_its_fine_tune_does(folder, settings):
         expected = dense[name].generate(IDS[row : row + 1], **settings)
         assert torch.equal(alone, expected)
         own = tokens[each * row : each * (row + 1)]
-        if settings.get("num_beams", 1) == 1:  # how many candidates beams keep depends on the number of end tokens
-            assert torch.equal(own[:, : expected.shape[1]], expected)
-            assert (own[:, expected.shape[1] :] == 0).all()
+        assert torch.equal(own[:, : expected.shape[1]], expected)
+        assert (own[:, expected.shape[1] :] == 0).all()
         lengths.add(expected.shape[1])
     if not settings.keys() & {"num_beams", "min_length", "min_new_tokens"}:
         assert len(lengths) > 1  # or nothing was tested
@@ -99,6 +99,70 @@ def test_what_the_caller_says_holds_for_all_rows(folder):
         tokens = model.generate(IDS, adapter_names=NAMES, max_new_tokens=20, do_sample=False, pad_token_id=0, **said)
         prompt = 1 if model.config.is_encoder_decoder else IDS.shape[1]
         assert tokens.shape[1] == prompt + 1
+
+
+@torch.no_grad()
+def test_arguments_by_position_and_configurations_without_end_tokens(folder):
+    model, dense = served(folder)
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    stop = [lambda sequences, scores, **_: torch.ones(len(sequences), dtype=torch.bool)]
+    prompt = 1 if model.config.is_encoder_decoder else IDS.shape[1]
+    assert model.generate(IDS, None, None, stop, adapter_names=NAMES, **settings).shape[1] == prompt + 1
+    config = transformers.GenerationConfig(**settings, decoder_start_token_id=0)
+    for args, kwargs in (((IDS, config), {}), ((IDS,), {"generation_config": config})):
+        tokens = model.generate(*args, adapter_names=NAMES, **kwargs)
+        for row, name in enumerate(NAMES):
+            expected = dense[name].generate(IDS[row : row + 1], **settings)
+            assert torch.equal(tokens[row : row + 1, : expected.shape[1]], expected)
+    everything = transformers.GenerationConfig(eos_token_id=list(range(60)), decoder_start_token_id=0, **settings)
+    assert model.generate(IDS, everything, adapter_names=NAMES).shape[1] == prompt + 1
+
+
+@torch.no_grad()
+def test_end_tokens_in_a_prompt_are_no_padding_where_they_are_not_alone(folder):
+    model, dense = served(folder)
+    ids = IDS.clone()
+    ids[:, 2] = 2  # the base's end token, with which it would pad
+    tokens = model.generate(ids, adapter_names=NAMES, max_new_tokens=4, do_sample=False)
+    for row, name in enumerate(NAMES):
+        expected = dense[name].generate(ids[row : row + 1], max_new_tokens=4, do_sample=False)
+        assert torch.equal(tokens[row : row + 1, : expected.shape[1]], expected)
+
+
+@torch.no_grad()
+def test_mixtures_end_at_their_members_end_tokens(folder, tmp_path):
+    model, _ = served(folder)
+    model.add_weighted_adapter(["a", "c"], [1.0, 0.0], "both")
+    model.add_weighted_adapter(["c"], [1.0], "like the base")
+    assert set(model._ends_of("both")) == {*ENDS["a"], 2}
+    assert model._ends_of("like the base") is None
+    paths = {name: folder[0] / name for name in "abc"}
+    fuse([paths["a"]], tmp_path / "one", weights=[1.0])
+    fuse([paths["a"], paths["b"]], tmp_path / "two", weights=[0.5, 0.5])
+    assert load_adapter(tmp_path / "one").config["eos_token_id"] == ENDS["a"]
+    assert "eos_token_id" not in load_adapter(tmp_path / "two").config
+
+
+def test_a_lora_ends_where_its_base_does(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    kind = folder[1]
+    base = kind.from_pretrained(folder[0] / "tuned_a")
+    target = "q" if base.config.is_encoder_decoder else "lm_head"  # a tied one is not in the checkpoint
+    lora = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "lora")
+    compress(folder[0] / "tuned_a", tmp_path / "lora", tmp_path / "adapter", DTSConfig(rank=2))
+    assert "eos_token_id" not in load_adapter(tmp_path / "adapter").config
+
+
+def test_a_base_without_a_file_of_them(folder, tmp_path):
+    for file in (folder[0] / "base").iterdir():
+        if file.name != "generation_config.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    export_full(folder[0] / "a", tmp_path, tmp_path / "dense")
+    assert folder[1].from_pretrained(tmp_path / "dense").generation_config.eos_token_id == ENDS["a"]
+    (tmp_path / "generation_config.json").write_text("[1, 2]")
+    export_full(folder[0] / "a", tmp_path, tmp_path / "again")
+    assert (tmp_path / "again" / "generation_config.json").read_text() == "[1, 2]"
 
 
 def test_they_are_stored_where_they_differ(folder):
@@ -127,14 +191,15 @@ def test_where_a_model_names_them(folder, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert end_tokens(Checkpoint.open(tmp_path)) == [2]
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 4, 5]}')
-    assert end_tokens(Checkpoint.open(tmp_path)) == [4, 5]
-    for broken in ("{}", "no json", '{"eos_token_id": null}'):
-        (tmp_path / "generation_config.json").write_text(broken)
-        assert end_tokens(Checkpoint.open(tmp_path)) == [2]
+    assert end_tokens(Checkpoint.open(tmp_path)) == [5, 4]
+    for text, expected in (("no json", [2]), ("[" * 100_000, [2]), ("{}", []), ('{"eos_token_id": null}', [])):
+        (tmp_path / "generation_config.json").write_text(text)  # as transformers reads it
+        assert end_tokens(Checkpoint.open(tmp_path)) == expected
+    (tmp_path / "generation_config.json").unlink()
     config["text_config"] = {"eos_token_id": 9}
     del config["eos_token_id"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert end_tokens(Checkpoint.open(tmp_path)) == [9]
     assert end_tokens(Checkpoint.open(tmp_path / "model.safetensors")) == [9]
-    assert as_ends(torch.tensor([3, 1])) == (1, 3)
+    assert as_ends(torch.tensor([3, 1, 3])) == (3, 1)
     assert as_ends(None) == ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -376,10 +378,25 @@ def test_a_table_without_its_head_cannot_be_written(tmp_path):
     base.save_pretrained(tmp_path / "base")
     fine_tune(base, 2).save_pretrained(tmp_path / "tuned")
     compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(rank=2, exclude="lm_head"))
-    with pytest.raises(DTSError, match="different numbers of tokens"):
+    with pytest.raises(DTSError, match="adds tokens to the table and not to the head"):
         export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
     model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")
     assert model(torch.tensor([[VOCABULARY + 1]])).logits.shape[-1] == VOCABULARY
+
+
+def test_settings_that_have_nothing_to_do_with_tokens_stay(tmp_path):
+    """A matrix with as many rows as there are tokens; nested settings that the fine-tune has dropped, or changed."""
+    own = {"vocab_size": 50, "task": {"a": 1}, "text_config": {"vocab_size": 50, "x": 1}}
+    base = {"embed_tokens.weight": torch.randn(50, 12), "gate.weight": torch.randn(50, 12)}
+    tuned = {"embed_tokens.weight": torch.randn(53, 12), "gate.weight": torch.randn(50, 12)}
+    theirs = {"vocab_size": 53, "task": None, "text_config": {"vocab_size": 53, "x": 2}}
+    write_checkpoint(tmp_path / "base", base, own)
+    write_checkpoint(tmp_path / "tuned", tuned, theirs)
+    for settings, tokens in ({}, 53), ({"exclude": "embed"}, 50):
+        compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a", DTSConfig(rank=2, **settings), overwrite=True)
+        export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense", overwrite=True)
+        written = json.loads((tmp_path / "dense" / "config.json").read_text())
+        assert written == theirs | {"vocab_size": tokens, "text_config": {"vocab_size": tokens, "x": 2}}
 
 
 def test_rows_of_another_width_are_refused(tmp_path):

@@ -25,7 +25,7 @@ ALLOWED = {
     "fit": {"codes", "decompose", "descent", "errors"},
     "config": {"errors", "fit"},
     "journal": {"errors"},
-    "endings": {"checkpoint"},
+    "endings": {"checkpoint", "errors"},
     "growth": set(),
     "mixture": {"codes", "errors", "growth"},
     "characteristic": {"errors"},
@@ -40,7 +40,7 @@ ALLOWED = {
         "endings", "errors", "fingerprint", "fit", "journal", "lora", "plan", "version",
     },
     "fuse": {
-        "adapter_file", "atomic", "card", "characteristic", "errors", "fingerprint", "mixture", "version",
+        "adapter_file", "atomic", "card", "characteristic", "endings", "errors", "fingerprint", "mixture", "version",
     },
     "dense": {"atomic", "checkpoint", "errors", "pieces"},
     "export": {"adapter_file", "checkpoint", "dense", "endings", "errors", "fingerprint", "growth"},
