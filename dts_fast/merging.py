@@ -8,7 +8,35 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .errors import DTSError
 from .nn.parameters import tensor_of
+
+
+def check_tokens(model: nn.Module, merged: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Refuse a language model whose table would have more tokens than its head: it could not be read again.
+
+    Args:
+        merged: parameters by the id of the model's layer.
+
+    Raises:
+        DTSError: it would.
+    """
+    rows = []
+    for get in (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")):
+        try:
+            layer = get() if callable(get) else None
+        except NotImplementedError:  # models without tokens
+            return
+        before = getattr(getattr(layer, "base_layer", layer), "weight", None)
+        if not isinstance(before, Tensor):
+            return
+        rows.append((before.shape[0], merged.get(id(layer), {}).get("weight", before).shape[0]))
+    (table, grown), (head, after) = rows
+    if grown > table == head == after:
+        raise DTSError(
+            f"the adapter adds {grown - table} tokens to the table and none to the head: a merged model could not be "
+            "read again. Compress with both or neither (--include, --exclude)."
+        )
 
 
 def write_merged(model: nn.Module, layers: Sequence[nn.Module], merged: Sequence[Mapping[str, Tensor]]) -> None:

@@ -25,7 +25,7 @@ from .characteristic import characteristic_of
 from .endings import KEY, Endings, Ends, as_ends
 from .errors import AdapterFormatError, BaseMismatchError, DTSError
 from .hub import push_adapter
-from .merging import write_merged
+from .merging import check_tokens, write_merged
 from .mixture import check_weights, select, similarity_weights
 from .nn import DTSModule
 from .prepack import PackedLinear, no_kernels
@@ -400,14 +400,16 @@ class DTSModel(nn.Module):
 
         Raises:
             UnknownAdapterError: no such adapter.
-            DTSError: the adapter changes a quantised weight, which could only hold the sum rounded anew. Nothing is
-                merged.
+            DTSError: the adapter changes a quantised weight, which could only hold the sum rounded anew, or adds tokens
+                to the table and not to the head. Nothing is merged.
         """
         name = adapter_name or self.slots.active
         leased = self._lease([name])
         try:
             # All are computed before any is written: layers with tied weights share a parameter.
-            merged = [wrapper.dense_parameters(leased[name]) for wrapper in self._wrappers.values()]
+            wrappers = list(self._wrappers.values())
+            merged = [wrapper.dense_parameters(leased[name]) for wrapper in wrappers]
+            check_tokens(self.model, {id(w): own for w, own in zip(wrappers, merged, strict=True)})
         finally:
             self.slots.end_lease(leased.values())
         layers = [wrapper.bare_layer() for wrapper in self._wrappers.values()]

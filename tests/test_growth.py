@@ -381,7 +381,12 @@ def test_a_table_without_its_head_cannot_be_written(tmp_path):
     with pytest.raises(DTSError, match="adds tokens to the table and not to the head"):
         export_full(tmp_path / "a", tmp_path / "base", tmp_path / "dense")
     model = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")
-    assert model(torch.tensor([[VOCABULARY + 1]])).logits.shape[-1] == VOCABULARY
+    ids = torch.tensor([[VOCABULARY + 1]])
+    logits = model(ids).logits
+    assert logits.shape[-1] == VOCABULARY
+    with pytest.raises(DTSError, match="could not be read again"):
+        model.merge_and_unload("a")
+    assert torch.equal(model(ids).logits, logits)
 
 
 def test_settings_that_have_nothing_to_do_with_tokens_stay(tmp_path):

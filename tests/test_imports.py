@@ -45,7 +45,7 @@ ALLOWED = {
     "dense": {"atomic", "checkpoint", "errors", "pieces"},
     "export": {"adapter_file", "checkpoint", "dense", "endings", "errors", "fingerprint", "growth"},
     "pieces": set(),
-    "merging": {"nn.parameters"},
+    "merging": {"errors", "nn.parameters"},
     "base": {"checkpoint", "endings", "errors"},
     "renaming": {"checkpoint", "nn.parameters", "pieces"},
     "lora": {"adapter_file", "atomic", "checkpoint", "codes", "errors", "export", "renaming"},
