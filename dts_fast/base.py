@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from .checkpoint import Checkpoint, hub_id
-from .endings import KEY, as_ends, end_tokens
+from .endings import EOS_KEY, as_ends, end_tokens
 from .errors import CheckpointError, DTSError
 
 # Settings of a model that a fine-tune may change, while the base that it is served from keeps its own.
@@ -45,7 +45,7 @@ def _as_used(model: nn.Module, checkpoint: Checkpoint, changed: Mapping[str, obj
     _set_padding(model.config, changed)
     # Made from the configuration, which the fine-tune may have changed, where the base has no file for it.
     settings, ends = getattr(model, "generation_config", None), end_tokens(checkpoint)
-    known = bool(ends) or (KEY in changed and KEY in checkpoint.config)
+    known = bool(ends) or (EOS_KEY in changed and EOS_KEY in checkpoint.config)
     if settings is not None and known and set(as_ends(settings.eos_token_id)) != set(ends):
         settings.eos_token_id = ends or None
     return model

@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint
 from .codes import CodedMatrix, LowRankDelta
 from .config import DTSConfig
 from .decompose import singular_values
-from .endings import KEY, end_tokens
+from .endings import EOS_KEY, end_tokens
 from .errors import CheckpointError, DTSError
 from .fingerprint import take_fingerprint
 from .fit import checked, fit, fit_vector, relative_error
@@ -218,7 +218,7 @@ def _describe(
     }
     ends = end_tokens(fine_tune)
     return {
-        **({KEY: ends} if ends and set(ends) != set(end_tokens(base)) else {}),
+        **({EOS_KEY: ends} if ends and set(ends) != set(end_tokens(base)) else {}),
         "base_model_name_or_path": str(config.reference or base_model),
         "base_nbytes": base_nbytes,
         "compression": settings,

@@ -3,6 +3,7 @@ config.json names them (a chat model's are others than its base's)."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .errors import MixedBatchError
 
-KEY = "eos_token_id"  # of adapter_config.json, as of the configurations of transformers
+EOS_KEY = "eos_token_id"  # of adapter_config.json, as of the configurations of transformers
 
 Ends = tuple[int, ...]
 
@@ -29,9 +30,9 @@ def end_tokens(checkpoint: Checkpoint) -> list[int]:
         except (ValueError, OSError, RecursionError):  # then transformers goes by the other file, too
             settings = None
         if isinstance(settings, Mapping):
-            return list(as_ends(settings.get(KEY)))
+            return list(as_ends(settings.get(EOS_KEY)))
     for source in (checkpoint.config, checkpoint.config.get("text_config")):
-        found = as_ends(source.get(KEY)) if isinstance(source, Mapping) else ()
+        found = as_ends(source.get(EOS_KEY)) if isinstance(source, Mapping) else ()
         if found:
             return list(found)
     return []
@@ -42,6 +43,16 @@ def as_ends(value: object) -> Ends:
     values = value.flatten().tolist() if isinstance(value, Tensor) else value
     values = values if isinstance(values, (list, tuple)) else [values]
     return tuple(dict.fromkeys(each for each in values if type(each) is int and each >= 0))
+
+
+def by_name(function: Callable, args: tuple, kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Arguments of a call, all by their names."""
+    signature = inspect.signature(function)
+    named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
 
 
 class Endings:
@@ -55,7 +66,7 @@ class Endings:
 
     def __init__(self, names: str | Sequence[str], ends_of: Callable[[str], Ends | None], settings: object) -> None:
         self.settings = settings
-        self.base = as_ends(getattr(settings, KEY, None))
+        self.base = as_ends(getattr(settings, EOS_KEY, None))
         self._own = {name: ends_of(name) or self.base for name in ([names] if isinstance(names, str) else names)}
 
     @property
@@ -73,7 +84,7 @@ class Endings:
 
     def padded(self, kwargs: Mapping[str, object]) -> dict[str, object]:
         """Arguments with what finished rows are filled with, where neither they nor the model say it."""
-        if not self.needed or self.base or self.said(kwargs, "pad_token_id") is not None or KEY in kwargs:
+        if not self.needed or self.base or self.said(kwargs, "pad_token_id") is not None or EOS_KEY in kwargs:
             return dict(kwargs)
         return {**kwargs, "pad_token_id": next(own for own in self._own.values() if own)[0]}
 
@@ -87,21 +98,22 @@ class Endings:
         Raises:
             MixedBatchError: rows end at different tokens, in a kind of search that knows one set of them.
         """
-        if KEY in kwargs or getattr(kwargs.get("generation_config"), KEY, None) is not None:
+        if EOS_KEY in kwargs or getattr(kwargs.get("generation_config"), EOS_KEY, None) is not None:
             return dict(kwargs)
         ends = [self._own[name] for name in ([names] if isinstance(names, str) else names)]
         if all(set(own) == set(self.base) for own in ends):
             return dict(kwargs)
         if len({frozenset(own) for own in ends}) == 1:
-            return {**kwargs, KEY: list(ends[0])}
+            return {**kwargs, EOS_KEY: list(ends[0])}
         least, least_new = self.said(kwargs, "min_length") or 0, self.said(kwargs, "min_new_tokens") or 0
         of_all = any(self.said(kwargs, name) is not None for name in _OF_ALL_ROWS)
         if (self.said(kwargs, "num_beams") or 1) > 1 or of_all or (least and kwargs.get("inputs_embeds") is not None):
             raise MixedBatchError(
-                "its fine-tunes end at different tokens, and this kind of search knows one set of them"
+                "the adapters of this batch end at different tokens, and this kind of search knows one set of them. "
+                "Run them in separate batches, or give eos_token_id for all."
             )
         padding = self.said(kwargs, "pad_token_id")
-        changed: dict[str, object] = {KEY: None}
+        changed: dict[str, object] = {EOS_KEY: None}
         tokens = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
         if tokens and kwargs.get("attention_mask") is None:
             changed["attention_mask"] = _mask(ids, ends, padding)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .adapter_file import Adapter, load_adapter
 from .checkpoint import Checkpoint, is_embedding
 from .dense import write_like
-from .endings import KEY
+from .endings import EOS_KEY
 from .errors import BaseMismatchError, DTSError
 from .fingerprint import check_fingerprint
 from .growth import added_rows_of, grown_parameter, is_token_table
@@ -54,7 +54,7 @@ def export_full(
             if name not in base.tensors:
                 tensor = _personalised(adapter, base, twin) if twin in base.tensors else added[twin].clone()
                 added[name] = base.get(twin) if tensor is None else tensor
-    ends = {KEY: adapter.config[KEY]} if KEY in adapter.config else None
+    ends = {EOS_KEY: adapter.config[EOS_KEY]} if EOS_KEY in adapter.config else None
     write_like(base, out_path, tensor_of, added=added, config=settings, generation=ends, overwrite=overwrite)
     return changed + len(added)
 

@@ -11,7 +11,7 @@ from .adapter_file import CONFIG_NAME, Adapter, load_adapter, save_adapter
 from .atomic import check_target
 from .card import render_card
 from .characteristic import characteristic_of
-from .endings import KEY
+from .endings import EOS_KEY
 from .errors import BaseMismatchError, DTSError
 from .fingerprint import merge_fingerprints
 from .mixture import check_weights, mix, select, similarity_weights
@@ -91,9 +91,9 @@ def _config(members: Mapping[str, Adapter], weights: Mapping[str, float], parame
         key: value for key, value in first["model_config"].items()
         if all(config["model_config"].get(key) == value for config in configs)
     }  # fmt: skip
-    ends = [set(config.get(KEY, ())) for config in configs]
+    ends = [set(config.get(EOS_KEY, ())) for config in configs]
     return {
-        **({KEY: first[KEY]} if ends[0] and all(own == ends[0] for own in ends) else {}),
+        **({EOS_KEY: first[EOS_KEY]} if ends[0] and all(own == ends[0] for own in ends) else {}),
         "base_model_name_or_path": first["base_model_name_or_path"],
         "base_nbytes": first["base_nbytes"],
         "base_fingerprint": fingerprint,

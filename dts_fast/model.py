@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,18 +16,17 @@ from .apart import Apart
 from .arenas import Arenas
 from .atomic import staged_directory
 from .attach import LiveModel, Owned
-from .bank import Bank, VectorTable
 from .base import load_base
 from .batch import main_input
 from .calls import Calls
 from .characteristic import characteristic_of
-from .endings import KEY, Endings, Ends, as_ends
+from .endings import EOS_KEY, Endings, Ends, as_ends, by_name
 from .errors import AdapterFormatError, BaseMismatchError, DTSError
 from .hub import push_adapter
 from .merging import check_tokens, write_merged
 from .mixture import check_weights, select, similarity_weights
 from .nn import DTSModule
-from .prepack import PackedLinear, no_kernels
+from .prepack import no_kernels
 from .residency import Residency
 from .routing import current_route, route
 from .slots import BASE, CacheInfo, SlotTable
@@ -364,7 +362,7 @@ class DTSModel(nn.Module):
             endings = Endings(names, self._ends_of, getattr(self.model, "generation_config", None))
             if not endings.needed:
                 return self._apart.generate(self.model.generate, args, kwargs, self.model)
-            named = _by_name(self.model.generate, args, kwargs)  # some of them are changed
+            named = by_name(self.model.generate, args, kwargs)  # some of them are changed
 
             def run(**kwargs):
                 ids = kwargs.get("input_ids", kwargs.get("inputs"))
@@ -374,14 +372,14 @@ class DTSModel(nn.Module):
 
     def _common_ends(self, members: Iterable[str]) -> dict[str, list[int]]:
         """Of a mixture: at any of its members' end tokens."""
-        base = as_ends(getattr(getattr(self.model, "generation_config", None), KEY, None))
+        base = as_ends(getattr(getattr(self.model, "generation_config", None), EOS_KEY, None))
         ends = [self._ends_of(name) or base for name in members]
         union = list(dict.fromkeys(token for own in ends for token in own))
-        return {KEY: union} if union and set(union) != set(base) else {}
+        return {EOS_KEY: union} if union and set(union) != set(base) else {}
 
     def _ends_of(self, name: str) -> Ends | None:
         config = self.adapter_configs.get(name, {})
-        return as_ends(config.get(KEY)) or None
+        return as_ends(config.get(EOS_KEY)) or None
 
     def compile(self, *args: object, **kwargs: object) -> None:
         """Compile the model's forward in place, as `torch.nn.Module.compile` (arguments are `torch.compile`'s). One
@@ -457,30 +455,7 @@ class DTSModel(nn.Module):
         pages and rows; mixtures use their members' pages, evicted ones nothing), and ``reserved``: the arenas and
         tables, with what is free in them, and tensors that are stored whole."""
         with self.slots.loading:
-            return self._memory()
-
-    def _memory(self) -> dict[str, object]:
-        wrappers = list(self._wrappers.values())
-        tables = {id(m): m for w in wrappers for m in w.modules() if isinstance(m, (Bank, VectorTable))}.values()
-        # Tied layers hold the same tensors.
-        stored = {id(p): p.nbytes for w in wrappers for held in w.stored.values() for p in held.values()}
-        # Tied ones share these, and so do mixtures.
-        added = {id(t): t.nbytes for w in wrappers for held in getattr(w, "added", {}).values() for t in held.values()}
-        own = {id(t): t.nbytes for t in self.model.parameters()}
-        # Packed weights are buffers, and no bank's.
-        own |= {id(m.packed): m.packed.nbytes for m in self.model.modules() if isinstance(m, PackedLinear)}
-        slots = {name: self.slots.slot(name) for name in self.slots.resident}
-
-        def used(slot: int) -> int:
-            whole = {id(p): p.nbytes for w in wrappers for p in w.stored.get(slot, {}).values()}
-            whole |= {id(t): t.nbytes for w in wrappers for t in getattr(w, "added", {}).get(slot, {}).values()}
-            return sum(whole.values()) + sum(table.nbytes_of(slot) for table in tables)
-
-        return {
-            "base": sum(own.values()),
-            "adapters": {name: used(slots[name]) if name in slots else 0 for name in self.slots.names},
-            "reserved": sum(table.nbytes for table in tables) + sum(stored.values()) + sum(added.values()),
-        }
+            return self._residency.memory_of(self.model)
 
     def push_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: object) -> str:
         """Upload an adapter's files (the base stays where it is) to a repository of its own.
@@ -596,16 +571,6 @@ class DTSModel(nn.Module):
         if verify_base:
             self._live.check_base(adapter, live)
         return owned
-
-
-def _by_name(function: Callable, args: tuple, kwargs: Mapping[str, object]) -> dict[str, object]:
-    """Arguments of a call, all by their names."""
-    signature = inspect.signature(function)
-    named = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named |= named.pop(name, {})
-    return named
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 
-from .bank import give_back_memory
+from .bank import Bank, VectorTable, give_back_memory
 from .errors import CapacityError
 from .nn import DTSModule
 from .nn.module import Parameter
 from .paging import Writes
+from .prepack import PackedLinear
 from .slots import BASE, SlotTable
 
 # What a load writes: wrapper and its parameters.
@@ -146,6 +148,30 @@ class Residency:
             for name in names - {BASE} - set(self.table.resident):
                 load_again(name, names)
                 loaded.add(name)
+
+    def memory_of(self, model: nn.Module) -> dict[str, object]:
+        """See `DTSModel.memory_report`."""
+        wrappers = list(self.wrappers.values())
+        tables = {id(m): m for w in wrappers for m in w.modules() if isinstance(m, (Bank, VectorTable))}.values()
+        # Tied layers hold the same tensors.
+        stored = {id(p): p.nbytes for w in wrappers for held in w.stored.values() for p in held.values()}
+        # Tied ones share these, and so do mixtures.
+        added = {id(t): t.nbytes for w in wrappers for held in getattr(w, "added", {}).values() for t in held.values()}
+        own = {id(t): t.nbytes for t in model.parameters()}
+        # Packed weights are buffers, and no bank's.
+        own |= {id(m.packed): m.packed.nbytes for m in model.modules() if isinstance(m, PackedLinear)}
+        slots = {name: self.table.slot(name) for name in self.table.resident}
+
+        def used(slot: int) -> int:
+            whole = {id(p): p.nbytes for w in wrappers for p in w.stored.get(slot, {}).values()}
+            whole |= {id(t): t.nbytes for w in wrappers for t in getattr(w, "added", {}).get(slot, {}).values()}
+            return sum(whole.values()) + sum(table.nbytes_of(slot) for table in tables)
+
+        return {
+            "base": sum(own.values()),
+            "adapters": {name: used(slots[name]) if name in slots else 0 for name in self.table.names},
+            "reserved": sum(table.nbytes for table in tables) + sum(stored.values()) + sum(added.values()),
+        }
 
     def _fill(
         self,

@@ -91,7 +91,7 @@ ALLOWED = {
         "renaming",
     },
     "arenas": {"adapter_file", "bank", "codes", "errors", "pieces"},
-    "residency": {"bank", "errors", "nn", "nn.module", "paging", "slots"},
+    "residency": {"bank", "errors", "nn", "nn.module", "paging", "prepack", "slots"},
     "wrapping": {"arenas", "attach", "bank", "nn", "slots"},
     "batch": {"routing"},
     "calls": {"attach", "batch", "errors", "nn", "routing", "slots"},
@@ -102,7 +102,7 @@ ALLOWED = {
     "shapes": {"checkpoint", "errors", "pieces"},
     "bench_report": {"atomic", "errors"},
     "model": {
-        "adapter_file", "apart", "arenas", "atomic", "attach", "bank", "base", "batch", "calls", "characteristic",
+        "adapter_file", "apart", "arenas", "atomic", "attach", "base", "batch", "calls", "characteristic",
         "endings", "errors", "hub", "merging", "mixture", "nn", "prepack", "residency", "routing", "slots", "wrapping",
     },
     "doctor": {"gpu", "native", "version"},
