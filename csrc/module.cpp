@@ -44,6 +44,12 @@ py::object why_not_cuda() {
 #endif
 }
 
+void use_cuda([[maybe_unused]] bool on) {
+#if defined(DTS_FAST_WITH_CUDA)
+  dts_fast::cuda::set_decoding(on);
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -54,5 +60,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return std::string(dts_fast::cpu::kernels().name); }, "The instruction set in use.");
   m.def("_set_cpu_isa", &dts_fast::cpu::set_isa, "Use the kernels of another instruction set; for tests.");
   m.def("why_not_cuda", &why_not_cuda, "Why the CUDA kernels do not run on the current device; None where they do.");
+  m.def("_use_cuda", &use_cuda, "Whether ops on GPUs may use the CUDA kernels.");
   m.def("build_info", &build_info, "What the extension was built with: torch, compiler, C++ standard, CUDA.");
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -216,11 +215,8 @@ def _with_triton(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The same without the CUDA C++ kernels."""
 
     def wrapped() -> Tensor:
-        os.environ["DTS_FAST_GPU"] = "triton"
-        try:
+        with gpu.at_best("triton"):
             return run()
-        finally:
-            del os.environ["DTS_FAST_GPU"]
 
     return wrapped
 

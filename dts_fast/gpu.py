@@ -1,11 +1,14 @@
-"""Which kernels serve a call on a GPU: CUDA C++ for few rows, Triton's for the rest, plain torch where neither runs.
+"""What serves a call on a GPU. csrc/cuda/ops.cpp decides for its kernels (few rows); what it leaves, or all where it is
+not built, comes here: to Triton's kernels, or to plain torch where they do not run.
 
-`_decodes` decides; none of its numbers has been measured yet. DTS_FAST_GPU=triton or plain leaves the better ones out.
+DTS_FAST_GPU=triton or plain leaves the better ones out.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
@@ -15,24 +18,17 @@ from torch import Tensor
 from . import native, reference
 from .codes import PAGE_RANKS, PageLayout
 
-_DECODE_ROWS, _DECODE_INPUTS = 64, 1 << 24  # csrc/cuda/decode.h
+_KERNELS = ("cuda", "triton", "plain")  # the best first
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *bank: Tensor) -> Tensor:
-    """`ops.linear` on a GPU, with checked arguments."""
-    if not _decodes(x, weight, bank):
-        return _others().linear(x, weight, bias, *bank)
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    torch.ops.dts_fast.decode_(y, x, weight, bias, *bank)
-    return y
+    """`ops.linear` without the CUDA C++ kernels, with checked arguments."""
+    return _others().linear(x, weight, bias, *bank)
 
 
 def add_delta_(y: Tensor, x: Tensor, *bank: Tensor, transpose: bool = False) -> None:
-    """`ops.add_delta_` on a GPU, with checked arguments."""
-    if transpose or y.stride(1) != 1 or not _decodes(x, None, bank):
-        _others().add_delta_(y, x, *bank, transpose=transpose)
-    else:
-        torch.ops.dts_fast.decode_(y, x, None, None, *bank)
+    """`ops.add_delta_` without the CUDA C++ kernels, with checked arguments."""
+    _others().add_delta_(y, x, *bank, transpose=transpose)
 
 
 def embedding_delta(
@@ -49,27 +45,29 @@ def embedding_delta(
         return spread.flatten(1) @ layout.v(pages, torch.float32)
 
 
-def _decodes(x: Tensor, weight: Tensor | None, bank: tuple[Tensor, ...]) -> bool:
-    """Whether the decode kernel is to be used, and can."""
-    return (
-        0 < x.shape[0] <= _DECODE_ROWS
-        and os.environ.get("DTS_FAST_GPU") not in ("triton", "plain")
-        and 0 < x.shape[1] <= _DECODE_INPUTS
-        and why_not_cuda(x.device) is None
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and _whole_vectors(x)
-        and (weight is None or _whole_vectors(weight))
-        and bank[1].numel() > 0
-    )
+_best = "cuda"
 
 
-def _whole_vectors(t: Tensor) -> bool:
-    """Whether rows are of whole 16 bytes, and aligned to them."""
-    return t.stride(1) == 1 and t.shape[1] % 8 == 0 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+def _use(kernels: str) -> None:
+    global _best
+    _best = kernels
+    if native.MODULE is not None:
+        native.MODULE._use_cuda(kernels == "cuda")
+
+
+@contextmanager
+def at_best(kernels: str) -> Iterator[None]:
+    """Within, no better kernels than these are used: "triton", or "plain". For all threads; for benches and tests."""
+    before = _best
+    _use(kernels)
+    try:
+        yield
+    finally:
+        _use(before)
 
 
 def _others() -> ModuleType:
-    if os.environ.get("DTS_FAST_GPU") == "plain" or why_not_triton() is not None:
+    if _best == "plain" or why_not_triton() is not None:
         return reference
     from . import triton  # slow to import, and of no use without a GPU
 
@@ -108,3 +106,9 @@ def why_not_triton() -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return "this GPU has no bfloat16 matrix units"
     return None
+
+
+_chosen = os.environ.get("DTS_FAST_GPU", _best)
+if _chosen not in _KERNELS:
+    raise ValueError(f"DTS_FAST_GPU: expected one of {', '.join(_KERNELS)}, got {_chosen!r}.")
+_use(_chosen)

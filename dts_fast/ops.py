@@ -9,7 +9,8 @@ Shape symbols: M rows, N out, K in, P pages, S slots, L pages a slot may list.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_inference_mode_enabled
+from torch.autograd.graph import increment_version
 
 from . import gpu, native, reference  # noqa: F401  (native registers its kernels against the schemas below)
 from .codes import PageLayout
@@ -21,8 +22,15 @@ _LIBRARY.define(f"linear(Tensor x, Tensor weight, Tensor? bias, {_BANK}) -> Tens
 _LIBRARY.define(f"packed_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, {_BANK}) -> Tensor")
 _LIBRARY.define(f"add_delta_(Tensor(a!) y, Tensor x, {_BANK}, *, bool transpose=False) -> ()")
 _LIBRARY.define(f"embedding_delta(Tensor ids, SymInt n, SymInt k, {_BANK}) -> Tensor")
-# Of csrc/cuda, called by gpu.py with checked arguments: y = x W^T + bias + delta, or y += delta without a weight.
+# What csrc/cuda leaves of `linear` and `add_delta_`, with checked arguments (gpu.py).
+_LIBRARY.define(f"linear_otherwise(Tensor x, Tensor weight, Tensor? bias, {_BANK}) -> Tensor")
+_LIBRARY.define(f"add_delta_otherwise_(Tensor(a!) y, Tensor x, {_BANK}, *, bool transpose=False) -> ()")
+# Its kernel alone, for benches: y = x W^T + bias + delta, or y += delta without a weight.
 _LIBRARY.define(f"decode_(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, {_BANK}, int[] shape=[]) -> ()")
+
+_linear = torch.ops.dts_fast.linear.default
+_packed_linear = torch.ops.dts_fast.packed_linear.default
+_add_delta_ = torch.ops.dts_fast.add_delta_.default
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,10 +64,11 @@ def linear(
         ValueError: shapes, dtypes or devices that do not fit; a slot or a page out of range (checked on the CPU only,
             where it costs no synchronisation).
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.ops.dts_fast.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
-    with torch._C._AutoDispatchBelowAutograd():  # its Python part takes longer than a small layer
-        return torch.ops.dts_fast.linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
+    # The Python part of autograd takes longer than a small layer; inference mode leaves it out by itself.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_inference_mode_enabled():
+        return _linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids)
 
 
 def packed_linear(
@@ -80,10 +89,10 @@ def packed_linear(
         ValueError: see `linear`.
     """
     bank = pages, slot_pages, slot_weights, slot_ids
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.ops.dts_fast.packed_linear(x, weight, bias, out_features, *bank)
-    with torch._C._AutoDispatchBelowAutograd():  # see `linear`
-        return torch.ops.dts_fast.packed_linear(x, weight, bias, out_features, *bank)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_inference_mode_enabled():  # see `linear`
+        return _packed_linear(x, weight, bias, out_features, *bank)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _packed_linear(x, weight, bias, out_features, *bank)
 
 
 def add_delta_(
@@ -107,7 +116,13 @@ def add_delta_(
     Raises:
         ValueError: see `linear`.
     """
-    torch.ops.dts_fast.add_delta_(y, x, pages, slot_pages, slot_weights, slot_ids, transpose=transpose)
+    bank = pages, slot_pages, slot_weights, slot_ids
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_inference_mode_enabled():  # see `linear`
+        _add_delta_(y, x, *bank, transpose=transpose)
+        return
+    with torch._C._AutoDispatchBelowAutograd():
+        _add_delta_(y, x, *bank, transpose=transpose)
+    increment_version(y)  # what was saved for backward before is not to be used any more
 
 
 def embedding_delta(
@@ -286,9 +301,12 @@ _LIBRARY.impl("linear", _linear_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("packed_linear", _packed_linear_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("add_delta_", _add_delta_plain, "CompositeExplicitAutograd")
 _LIBRARY.impl("embedding_delta", _embedding_delta_plain, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear", _linear_gpu, "CUDA")
 _LIBRARY.impl("embedding_delta", _embedding_delta_gpu, "CUDA")
-_LIBRARY.impl("add_delta_", _add_delta_gpu, "CUDA")
+_LIBRARY.impl("linear_otherwise", gpu.linear, "CUDA")
+_LIBRARY.impl("add_delta_otherwise_", gpu.add_delta_, "CUDA")
+if not torch._C._dispatch_has_kernel_for_dispatch_key("dts_fast::linear", "CUDA"):  # csrc/cuda is not built
+    _LIBRARY.impl("linear", _linear_gpu, "CUDA")
+    _LIBRARY.impl("add_delta_", _add_delta_gpu, "CUDA")
 
 
 @torch.library.register_fake("dts_fast::linear", lib=_LIBRARY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch import is_grad_enabled as _is_grad_enabled
+from torch.compiler import is_compiling as _is_compiling
 from torch.compiler import is_dynamo_compiling as _is_dynamo_compiling
 
 from .errors import MixedBatchError, RoutingError
@@ -20,6 +21,22 @@ from .slots import BASE, SlotTable
 # One slot for all rows of a batch, or one for each; as a tensor (int32 [1] or [rows]) in graphs that are compiled once
 # for all adapters.
 Slots = int | list[int] | Tensor
+
+
+class RowSlots(list):
+    """The slots of rows, as all layers of a call have them: what each of these would ask is answered once.
+
+    Attributes:
+        key: the slots, hashable.
+        distinct: without repetitions.
+    """
+
+    __slots__ = ("distinct", "key")
+
+    def __init__(self, slots: Iterable[int]) -> None:
+        super().__init__(slots)
+        self.key = tuple(self)
+        self.distinct = tuple(dict.fromkeys(self))
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,8 @@ class route:  # noqa: N801 (used like a function)
         self.lease = lease
         # A list is compared with the rows of each layer's input, unless a model has done so.
         self.base_only = adapter_names == BASE or (self.of_model and set(adapter_names) == {BASE})
+        # What layers were told whose input has so many rows, and two dimensions or not; as long as a lease holds slots.
+        self.told: dict[tuple[int, bool], int | RowSlots] = {}
         # For compiled graphs, to which names would be constants.
         self.ids: Tensor | None = None
         if lease is not None:
@@ -219,21 +238,34 @@ def current_slots(table: SlotTable, shape: Sequence[int], *, traceable: bool = F
                 "checkpointing off."
             )
         return table.slot(table.active)
-    slot_of = table.slot
     table.routed_with_grad = torch.is_grad_enabled()
-    names, rows, lease = current.adapter_names, shape[0], current.lease
-    if lease is not None and lease.table is table:
-        if traceable and torch.compiler.is_compiling():
-            return current.ids
-        slot_of = lease.slots.__getitem__
+    lease = current.lease
+    if lease is None or lease.table is not table:
+        return _slots_of(current, shape, table.slot)
+    if _is_compiling():
+        return current.ids if traceable else _slots_of(current, shape, lease.slots.__getitem__)
+    key = shape[0], len(shape) == 2
+    slots = current.told.get(key)
+    if slots is None:
+        slots = current.told[key] = _slots_of(current, shape, lease.slots.__getitem__)
+    return slots
+
+
+def _slots_of(current: route, shape: Sequence[int], slot_of: Callable[[str], int]) -> int | RowSlots:
+    names, rows = current.adapter_names, shape[0]
     if isinstance(names, str):
         return slot_of(names)
     if current.of_model and len(set(names)) == 1:
         return slot_of(names[0])  # the model's own input had the right number of rows; inner shapes do not matter
     if rows != 1 and not (len(shape) == 2 and rows in {len(names) * tokens for tokens in current.flattened}):
         names = current.names_for(rows)
-    slots = [slot_of(name) for name in names]
-    return slots[0] if len(set(slots)) == 1 else slots
+    slots = RowSlots(slot_of(name) for name in names)
+    return slots[0] if len(slots.distinct) == 1 else slots
+
+
+def distinct(slots: list[int]) -> Sequence[int]:
+    """Each of the slots of rows once."""
+    return slots.distinct if type(slots) is RowSlots else tuple(dict.fromkeys(slots))
 
 
 def narrowed(rows: Sequence[int], batch: int) -> route:
@@ -258,9 +290,10 @@ def named_slots(table: SlotTable) -> set[int]:
 def slot_ids(slots: Slots, rows: int, device: torch.device) -> Tensor:
     """int32 ``[rows]`` for the ops; each of the slots stands for ``rows / len(slots)`` neighbouring rows. Not to be
     written to: the layers of a model share it."""
-    if torch.compiler.is_compiling() or rows > _MOST_CACHED_ROWS:
+    if _is_compiling() or rows > _MOST_CACHED_ROWS:
         return _make_slot_ids(slots, rows, device)
-    key = slots if isinstance(slots, int) else tuple(slots), rows, device
+    hashable = slots if isinstance(slots, int) else slots.key if type(slots) is RowSlots else tuple(slots)
+    key = hashable, rows, device
     ids = _SLOT_IDS.get(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         if ids is None:

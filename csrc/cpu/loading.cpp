@@ -19,8 +19,7 @@ bool fits(const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes) {
 }
 
 void check(const at::Tensor& t, const char* name, at::ScalarType dtype, at::IntArrayRef sizes) {
-  if (fits(t, dtype, sizes)) return;  // before the message is made, which takes longer than a small page
-  expect(false, name, "contiguous " + dtype_text(dtype) + " " + shape_text(sizes), t);
+  expect(fits(t, dtype, sizes), name, t, "contiguous ", dtype_text(dtype), " ", sizes);
 }
 
 // One delta and where its pages lie.
@@ -60,7 +59,7 @@ void write_pages(at::TensorList pages, at::TensorList u_codes, at::TensorList u_
   size_t listed = 0;
   for (size_t i = 0; i < count; ++i) {
     const int64_t rank = s[i].dim() == 1 ? s[i].size(0) : -1, nbytes = page_nbytes(n[i], k[i]);
-    expect(rank >= 0 && fits(s[i], at::kFloat, {rank}), "s", "contiguous float32 [r]", s[i]);
+    expect(rank >= 0 && fits(s[i], at::kFloat, {rank}), "s", s[i], "contiguous float32 [r]");
     check(u_codes[i], "u_codes", at::kByte, {rank, (n[i] + 3) / 4});
     check(v_codes[i], "v_codes", at::kByte, {rank, (k[i] + 3) / 4});
     check(u_levels[i], "u_levels", at::kFloat, {4});
@@ -114,7 +113,7 @@ void add_levels(T* out, const T* base, const uint8_t* codes, const float* levels
 void write_vector(at::Tensor& out, const at::Tensor& base, const at::Tensor& codes, const at::Tensor& levels) {
   const int64_t n = base.dim() == 1 ? base.size(0) : -1;
   const auto dtype = base.scalar_type();
-  expect(n >= 0 && base.is_contiguous(), "base", "contiguous [n]", base);
+  expect(n >= 0 && base.is_contiguous(), "base", base, "contiguous [n]");
   check(out, "out", dtype, {n});
   check(codes, "codes", at::kByte, {(n + 3) / 4});
   check(levels, "levels", at::kFloat, {4});
@@ -132,7 +131,7 @@ void write_vector(at::Tensor& out, const at::Tensor& base, const at::Tensor& cod
     case at::kBFloat16:
       return run(static_cast<at::BFloat16*>(nullptr));
     default:
-      expect(false, "base", "float32, float64, float16 or bfloat16", base);
+      expect(false, "base", base, "float32, float64, float16 or bfloat16");
   }
 }
 

@@ -73,7 +73,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
                   const at::Tensor& slot_ids) {
   check_linear(x, weight, bias);
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
-  check_bank(x, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
+  check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
   check_pages(slot_ids, slot_pages, pages.size(0));
   // The result is of x's dtype, and its sums in float32, whatever autocast thinks of the products within.
@@ -104,7 +104,7 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight, const st
                          const at::Tensor& slot_weights, const at::Tensor& slot_ids) {
   check_packed_linear(x, weight, bias, out_features, kPanel);
   const int64_t m = x.size(0), n = out_features, k = x.size(1);
-  check_bank(x, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
+  check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
   check_pages(slot_ids, slot_pages, pages.size(0));
   at::Tensor y = at::empty({m, n}, x.options());
@@ -125,7 +125,7 @@ void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& pages, con
                 const at::Tensor& slot_weights, const at::Tensor& slot_ids, bool transpose) {
   check_add_delta(y, x);
   const int64_t n = transpose ? x.size(1) : y.size(1), k = transpose ? y.size(1) : x.size(1);
-  check_bank(x, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
+  check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
   check_pages(slot_ids, slot_pages, pages.size(0));
   at::assert_no_internal_overlap(y);
@@ -146,9 +146,9 @@ void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& pages, con
 
 at::Tensor embedding_delta(const at::Tensor& ids, int64_t n, int64_t k, const at::Tensor& pages,
                            const at::Tensor& slot_pages, const at::Tensor& slot_weights, const at::Tensor& slot_ids) {
-  expect(ids.dim() == 1 && (ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt), "ids",
-         "int64 or int32 [M]", ids);
-  check_bank_of(ids, n, k, page_nbytes(n, k), pages, slot_pages, slot_weights, slot_ids);
+  expect(ids.dim() == 1 && (ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt), "ids", ids,
+         "int64 or int32 [M]");
+  check_bank_of(ids, n, k, pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
   check_pages(slot_ids, slot_pages, pages.size(0));
   const at::Tensor rows = ids.to(at::kLong).contiguous();
@@ -175,11 +175,11 @@ void descend(at::Tensor& rows, const at::Tensor& target, const at::Tensor& gram,
   const auto fits = [](const at::Tensor& t, at::IntArrayRef sizes) {
     return t.scalar_type() == at::kFloat && t.sizes() == sizes && t.is_contiguous();
   };
-  expect(rank >= 0 && fits(rows, rows.sizes()), "rows", "contiguous float32 [r, n]", rows);
-  expect(fits(target, rows.sizes()), "target", "contiguous float32 " + shape_text(rows.sizes()) + " like rows", target);
-  expect(fits(gram, {rank, rank}), "gram", "contiguous float32 " + shape_text({rank, rank}), gram);
-  expect(fits(curvature, {rank}), "curvature", "contiguous float32 " + shape_text({rank}), curvature);
-  expect(fits(levels, {4}), "levels", "contiguous float32 [4], ascending", levels);
+  expect(rank >= 0 && fits(rows, rows.sizes()), "rows", rows, "contiguous float32 [r, n]");
+  expect(fits(target, rows.sizes()), "target", target, "contiguous float32 ", rows.sizes(), " like rows");
+  expect(fits(gram, {rank, rank}), "gram", gram, "contiguous float32 [", rank, ", ", rank, "]");
+  expect(fits(curvature, {rank}), "curvature", curvature, "contiguous float32 [", rank, "]");
+  expect(fits(levels, {4}), "levels", levels, "contiguous float32 [4], ascending");
   if (rows.numel() == 0) return;
   const Descent problem = {rows.data_ptr<float>(),
                            target.const_data_ptr<float>(),

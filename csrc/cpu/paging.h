@@ -9,12 +9,6 @@ namespace dts_fast::cpu {
 
 inline int64_t tiles(int64_t size) { return (size + kTile - 1) / kTile; }
 
-// dts_fast/codes.py, PageLayout.nbytes.
-inline int64_t page_nbytes(int64_t n, int64_t k) {
-  constexpr int64_t kAlign = 128;
-  return (kVOffset + (tiles(n) + tiles(k)) * kTileBytes + kAlign - 1) / kAlign * kAlign;
-}
-
 // One factor as the file has it: a row of `row_bytes` for each rank, the code of element i in bits 2 * (i % 4) of byte
 // i / 4.
 struct FileFactor {

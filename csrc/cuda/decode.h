@@ -120,6 +120,9 @@ bool dependent_launches();
 // 0 if there is machine code, or PTX, for the current device; otherwise why not.
 int decode_runs();
 
+// Whether calls of the ops may use it (ops.cpp).
+void set_decoding(bool on);
+
 // The message of an error code.
 const char* error_text(int error);
 

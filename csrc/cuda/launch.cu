@@ -37,6 +37,11 @@ bool dependent_launches() {
 }
 
 int decode_runs() {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+  if (major < 8) return cudaErrorNoKernelImageForDevice;  // no matrix instructions for bfloat16, whatever was built
   cudaFuncAttributes attributes;
   return attributes_of_an_instance(attributes);
 }

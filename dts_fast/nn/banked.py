@@ -11,7 +11,7 @@ from ..codes import PageLayout, as_matrix, from_pages, is_matrix, num_pages
 from ..growth import added_rows_of, grown_parameter
 from ..mixture import mix
 from ..paging import Writes
-from ..routing import Slots
+from ..routing import Slots, distinct
 from ..slots import SlotTable
 from .module import DTSModule, Parameter
 
@@ -134,8 +134,8 @@ class BankedModule(DTSModule):
 
     def added_in(self, slots: Slots) -> dict[int, dict[str, Tensor]]:
         """What each of these slots adds to the layer's parameters."""
-        distinct = (slots,) if isinstance(slots, int) else dict.fromkeys(slots)
-        return {slot: self.added[slot] for slot in distinct if slot in self.added}
+        of_rows = (slots,) if isinstance(slots, int) else distinct(slots)
+        return {slot: self.added[slot] for slot in of_rows if slot in self.added}
 
     # Between the parameter's own shape and the bank's pages.
 
@@ -149,15 +149,15 @@ class BankedModule(DTSModule):
         """Whether any of these slots changes this layer. Always, for a graph that is compiled once for all adapters."""
         if isinstance(slots, Tensor):
             return True
-        return slots in self.loaded if isinstance(slots, int) else any(slot in self.loaded for slot in slots)
+        return slots in self.loaded if isinstance(slots, int) else not self.loaded.keys().isdisjoint(distinct(slots))
 
     def _touches_bias(self, slots: Slots) -> bool:
         if self.biases is None:
             return False
         if isinstance(slots, Tensor):
             return True
-        distinct = {slots} if isinstance(slots, int) else set(slots)
-        return any("bias" in self.loaded.get(slot, ()) for slot in distinct)
+        of_rows = (slots,) if isinstance(slots, int) else distinct(slots)
+        return any("bias" in self.loaded.get(slot, ()) for slot in of_rows)
 
 
 def _divided(parameters: Mapping[str, Parameter]) -> tuple[dict[str, Parameter], dict[str, Tensor]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import linear
 
@@ -154,7 +155,8 @@ class DTSLinear(BankedModule):
             if packed:
                 y = layer.run(x, bias, *bank, ids)
             else:
-                if torch.is_autocast_enabled(x.device.type):
+                # First whether there is any: that is asked without the name of a device.
+                if (is_dynamo_compiling() or _is_any_autocast_enabled()) and is_autocast_enabled(x.device.type):
                     dtype = torch.get_autocast_dtype(x.device.type)
                     x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
                 y = ops.linear(x, weight, bias, *bank, ids)
