@@ -107,7 +107,7 @@ class route:  # noqa: N801 (used like a function)
         # A list is compared with the rows of each layer's input, unless a model has done so.
         self.base_only = adapter_names == BASE or (self.of_model and set(adapter_names) == {BASE})
         # What layers were told whose input has so many rows, and two dimensions or not; as long as a lease holds slots.
-        self.told: dict[tuple[int, bool], int | RowSlots] = {}
+        self.told: dict[tuple[int, bool], int | list[int]] = {}
         # For compiled graphs, to which names would be constants.
         self.ids: Tensor | None = None
         if lease is not None:
@@ -251,7 +251,7 @@ def current_slots(table: SlotTable, shape: Sequence[int], *, traceable: bool = F
     return slots
 
 
-def _slots_of(current: route, shape: Sequence[int], slot_of: Callable[[str], int]) -> int | RowSlots:
+def _slots_of(current: route, shape: Sequence[int], slot_of: Callable[[str], int]) -> int | list[int]:
     names, rows = current.adapter_names, shape[0]
     if isinstance(names, str):
         return slot_of(names)
@@ -259,8 +259,10 @@ def _slots_of(current: route, shape: Sequence[int], slot_of: Callable[[str], int
         return slot_of(names[0])  # the model's own input had the right number of rows; inner shapes do not matter
     if rows != 1 and not (len(shape) == 2 and rows in {len(names) * tokens for tokens in current.flattened}):
         names = current.names_for(rows)
-    slots = RowSlots(slot_of(name) for name in names)
-    return slots[0] if len(slots.distinct) == 1 else slots
+    slots = [slot_of(name) for name in names]
+    if len(set(slots)) == 1:
+        return slots[0]
+    return slots if _is_compiling() else RowSlots(slots)  # compilers know the lists of the language alone
 
 
 def distinct(slots: list[int]) -> Sequence[int]:

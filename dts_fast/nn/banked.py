@@ -149,7 +149,7 @@ class BankedModule(DTSModule):
         """Whether any of these slots changes this layer. Always, for a graph that is compiled once for all adapters."""
         if isinstance(slots, Tensor):
             return True
-        return slots in self.loaded if isinstance(slots, int) else not self.loaded.keys().isdisjoint(distinct(slots))
+        return slots in self.loaded if isinstance(slots, int) else any(slot in self.loaded for slot in distinct(slots))
 
     def _touches_bias(self, slots: Slots) -> bool:
         if self.biases is None:
