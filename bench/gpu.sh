@@ -4,6 +4,7 @@
 # where it ended. What tells most comes first.
 #
 #   bench/gpu.sh [FOLDER] [STEP...]     steps: build decode test shapes bench tune sanitize (all of them if none is named)
+#                                       and model: Llama-3.1-8B as a whole, five minutes and 40 GB more (if it is named)
 #
 # ARCHIVE=file.tgz keeps all of the folder in one file, too, after each step and when it is stopped.
 set -uo pipefail
@@ -56,6 +57,7 @@ if compgen -G "$out/sm_*.json" >/dev/null; then
   mkdir -p dts_fast/triton/tables
   cp "$out"/sm_*.json dts_fast/triton/tables/
 fi
+step model 400 "$python" bench/bench_model.py --device cuda --rounds 3 --out "$out/model_cuda.jsonl"
 if command -v compute-sanitizer >/dev/null; then
   for check in memcheck racecheck synccheck; do
     log=sanitize_$check step sanitize 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $check \

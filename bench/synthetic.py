@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -25,6 +26,11 @@ MODELS = {
         "architecture": "Llama", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
         "num_attention_heads": 12, "vocab_size": 32000, "tie_word_embeddings": False, "max_position_embeddings": 1024,
     },
+    "Llama-3.1-8B": {
+        "architecture": "Llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+        "max_position_embeddings": 1024,
+    },
     "OLMoE-1B-7B, 4 layers": {
         "architecture": "Olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 4,
         "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "vocab_size": 50304,
@@ -34,16 +40,36 @@ MODELS = {
 SCOPES = ("linear layers", "all parameters")
 
 
-def base_model(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A `transformers` model of these shapes."""
+def base_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, distinct: int = 0) -> nn.Module:
+    """A `transformers` model of these shapes.
+
+    Args:
+        distinct: how many layers have weights of their own (all if 0); the others have the memory of these, so that
+            the shapes of a large model fit where nothing is timed that reads all weights.
+    """
     import transformers
 
     torch.manual_seed(0)
     settings = dict(MODELS[name])
     kind = settings.pop("architecture")
-    config = getattr(transformers, f"{kind}Config")(**settings)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    return model.to(dtype).eval().requires_grad_(False)
+    layers = settings["num_hidden_layers"]
+    config = getattr(transformers, f"{kind}Config")(**(settings | {"num_hidden_layers": distinct or layers}))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    finally:
+        torch.set_default_dtype(before)
+    if distinct:
+        own = model.model.layers
+        own.extend(_on_the_memory_of(own[i % distinct]) for i in range(distinct, layers))
+        model.config.num_hidden_layers = layers
+    return model.eval().requires_grad_(False)
+
+
+def _on_the_memory_of(layer: nn.Module) -> nn.Module:
+    return copy.deepcopy(layer, memo={id(p): nn.Parameter(p.data, requires_grad=False) for p in layer.parameters()})
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

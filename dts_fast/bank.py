@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from .codes import Delta, DeltaSum, LowRankDelta, num_pages, terms_of
 from .errors import CapacityError
 from .mixture import mix
-from .paging import Writes, copy_pages, runs, write_vector
+from .paging import copy_pages, takes_vector, write_any_vector, write_vectors
+from .writes import Writes
 
 # How many adapters' pages a mixture may list in a bank of fixed capacity: every entry of a list is there for all slots.
 MOST_MEMBERS = 8
@@ -101,7 +103,7 @@ class Bank(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.arena, self.parts = arena, parts
+        self.arena, self.parts, self.page_nbytes = arena, parts, page_nbytes
         num_pages, length = (arena.pages, arena.per_slot * min(num_slots, MOST_MEMBERS)) if arena else (0, 0)
         # Not persistent: adapters are files of their own, and the base's state dict stays the base's.
         for name, tensor in (
@@ -142,23 +144,24 @@ class Bank(nn.Module):
         if sum(counts) <= len(self._free):
             return True
         emptied = {row for slot in without for row in self._rows(slot)}
-        freed = {page for row in emptied for page in self._listed[row]}
-        left = {page for row, pages in self._listed.items() if row not in emptied for page in pages}
-        return sum(counts) <= len(self._free) + len(freed - left)
+        return sum(counts) <= len(self._free) + len(self._only_in(emptied))
 
+    @_outside_inference_mode
     def load(self, slot: int, pages: Tensor, weight: float = 1.0, *, part: int = 0) -> None:
         """Write the pages of an adapter's matrix and let a slot list them.
 
         Raises:
             CapacityError: a bank of fixed capacity has too few pages; nothing was changed.
         """
+        lists = self._take({slot * self.parts + part: pages.shape[0]})
+        try:
+            copy_pages([(self.pages, numbers, _staged(pages, self.pages)) for numbers in lists.values()])
+            self._list(lists, weight)
+        except BaseException:
+            self._untake(lists)
+            raise
 
-        def write(taken: Mapping[int, list[int]]) -> None:
-            for numbers in taken.values():
-                copy_pages(self.pages, numbers, _staged(pages, self.pages))
-
-        self._load(slot, {part: pages.shape[0]}, write, weight)
-
+    @_outside_inference_mode
     def load_deltas(
         self, slot: int, deltas: Mapping[int, LowRankDelta | DeltaSum], writes: Writes | None = None
     ) -> None:
@@ -167,45 +170,37 @@ class Bank(nn.Module):
         Args:
             writes: what will write their pages, with those of other banks; they are written now if it is None.
         """
-
         if writes is not None and not writes.is_first(self, slot, deltas.values()):
             return  # tied layers share a bank
-
-        def write(taken: Mapping[int, list[int]]) -> None:
-            own = writes or Writes()
-            for part, numbers in taken.items():
-                own.add_pages(self, numbers, deltas[part])
+        first, own = slot * self.parts, writes or Writes()
+        lists = self._take({first + part: page_count(delta) for part, delta in deltas.items()})
+        try:
+            for row, numbers in lists.items():
+                own.add_pages(self, numbers, deltas[row - first])
+            self._list(lists, 1.0, own)
             if writes is None:
                 own.write()
+        except BaseException:
+            self._untake(lists)
+            raise
 
-        self._load(slot, {part: page_count(delta) for part, delta in deltas.items()}, write, 1.0, writes)
-
-    @_outside_inference_mode
-    def _load(
-        self,
-        slot: int,
-        counts: Mapping[int, int],
-        write: Callable[[Mapping[int, list[int]]], None],
-        weight: float,
-        writes: Writes | None = None,
-    ) -> None:
+    def _take(self, counts: Mapping[int, int]) -> dict[int, list[int]]:
+        """Empty rows and take so many pages for each; those that take none are left out."""
         most, total = max(counts.values(), default=0), sum(counts.values())
         if self.arena is not None and most > self.arena.per_slot:
             raise CapacityError(f"the adapter takes {most} pages, a slot of this bank at most {self.arena.per_slot}.")
-        rows = {slot * self.parts + part: count for part, count in counts.items()}
-        self._make_room(most, new=total, reusable=sum(len(self._only_in(row)) for row in rows))
-        self._empty(rows)
-        taken = self._free[:total]
-        left = iter(taken)
-        lists = {row: list(islice(left, count)) for row, count in rows.items() if count}
-        try:
-            del self._free[:total]  # in place, as everywhere here: a module looks at what is set on it
-            write({row - slot * self.parts: numbers for row, numbers in lists.items()})
-            self._list(lists, weight, writes)
-        except BaseException:
-            if not any(row in self._listed for row in lists):
-                self._free[:] = sorted({*self._free, *taken})
-            raise
+        listed = [row for row in counts if row in self._listed]
+        self._make_room(most, new=total, reusable=len(self._only_in(listed)))
+        if listed:
+            self._empty(listed)
+        taken = iter(self._free[:total])
+        del self._free[:total]  # in place, as everywhere here: a module looks at what is set on it
+        return {row: list(islice(taken, count)) for row, count in counts.items() if count}
+
+    def _untake(self, lists: Mapping[int, list[int]]) -> None:
+        """Give pages back that no row lists yet."""
+        if not any(row in self._listed for row in lists):
+            self._free[:] = sorted({*self._free, *(page for pages in lists.values() for page in pages)})
 
     @_outside_inference_mode
     def share(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
@@ -235,16 +230,22 @@ class Bank(nn.Module):
                 self._list({slot * self.parts + part: pages}, own)
 
     @_outside_inference_mode
-    def evict(self, slot: int) -> None:
-        """Empty a slot and free the pages that no other slot shares."""
-        self._empty(self._rows(slot))
+    def evict(self, slot: int, writes: Writes | None = None) -> None:
+        """Empty a slot and free the pages that no other slot shares.
 
-    def _empty(self, rows: Sequence[int]) -> None:
-        rows = [row for row in rows if row in self._listed]
-        if not rows:
-            return
-        for first, last in runs(rows):
-            self.slot_pages[rows[first] : rows[last] + 1] = -1
+        Args:
+            writes: what will empty the lists, with those of other banks; they are emptied now if it is None.
+        """
+        rows = self._rows(slot)
+        if rows:
+            self._empty(rows, writes)
+
+    def _empty(self, rows: Sequence[int], writes: Writes | None = None) -> None:
+        own = writes or Writes()
+        for row in rows:
+            own.add_list(self, row, [], 0.0)
+        if writes is None:
+            own.write()
         freed = []
         for row in rows:
             for page in self._listed.pop(row):
@@ -266,22 +267,18 @@ class Bank(nn.Module):
         """Let rows list pages, all with one weight, or a single row's with its own."""
         # First: whatever stops this half way, `evict` knows what to clear.
         self._listed.update(lists)
-        _, slot_pages, slot_weights = self.tensors
-        if slot_pages.is_cpu:  # numpy takes a tenth of the time for so few numbers
-            for row, pages in lists.items():
-                slot_weights.numpy()[row, : len(pages)] = weights
-                slot_pages.numpy()[row, : len(pages)] = pages
-            return
         own = writes or Writes()
         for row, pages in lists.items():
             own.add_list(self, row, pages, weights)
         if writes is None:
             own.write()
 
-    def _only_in(self, row: int) -> list[int]:
-        """The pages that this row lists and no other does."""
-        listed = self._listed.get(row, [])
-        return [page for page in set(listed) if self._users.get(page, 1) == listed.count(page)]
+    def _only_in(self, rows: Collection[int]) -> list[int]:
+        """The pages that these rows list and no other does."""
+        if not self._users:
+            return [page for row in rows for page in self._listed[row]]
+        times = Counter(page for row in rows for page in self._listed[row])
+        return [page for page, count in times.items() if self._users.get(page, 1) == count]
 
     def _make_room(self, count: int, new: int | None = None, reusable: int = 0) -> None:
         """Grow what may grow until a row can list ``count`` pages, of which ``new`` (all if None) must be free or are
@@ -369,10 +366,16 @@ class VectorTable(nn.Module):
         return self.values[0].nbytes + self.deltas[slot].nbytes if slot in self.deltas else 0
 
     @_outside_inference_mode
-    def load(self, slot: int, delta: Delta) -> None:
-        """Personalise a slot's row."""
+    def load(self, slot: int, delta: Delta, writes: Writes | None = None) -> None:
+        """Personalise a slot's row; what can be is left to ``writes``."""
         values = self._buffers["values"]
-        write_vector(values.select(0, slot), values.select(0, -1), delta)
+        out, base = values.select(0, slot), values.select(0, -1)
+        if not takes_vector(out, base, delta) or (writes is None and not out.is_cpu):
+            write_any_vector(out, base, delta)
+        elif writes is None:
+            write_vectors([(out, base, delta)])
+        else:
+            writes.add_vector(out, base, delta)
         self.deltas[slot] = delta
 
     def share(self, slot: int, members: Sequence[tuple[int, float]]) -> None:
@@ -382,6 +385,11 @@ class VectorTable(nn.Module):
             self.load(slot, mixed)
 
     @_outside_inference_mode
-    def evict(self, slot: int) -> None:
-        if self.deltas.pop(slot, None) is not None:
-            self.values[slot] = self.values[-1]
+    def evict(self, slot: int, writes: Writes | None = None) -> None:
+        if self.deltas.pop(slot, None) is None:
+            return
+        values = self._buffers["values"]
+        if writes is None:
+            values[slot] = values[-1]
+        else:
+            writes.add_copy(values.select(0, slot), values.select(0, -1))

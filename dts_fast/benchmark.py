@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import gpu, native, reference
-from .codes import CodedMatrix, LowRankDelta, pack, packed_size
+from .codes import CODES_PER_BYTE, CodedMatrix, LowRankDelta, packed_size
 from .errors import DTSError
 from .nn import DTSLinear
 from .routing import route
@@ -226,7 +226,10 @@ def random_delta(n: int, k: int, rank: int) -> LowRankDelta:
 
     def factor(size: int) -> CodedMatrix:
         levels = torch.tensor([1.5, 0.5, -0.5, -1.5])
-        return CodedMatrix(pack(torch.randint(0, 4, (rank, size), dtype=torch.uint8)), levels, size)
+        codes = torch.randint(0, 256, (rank, packed_size(size)), dtype=torch.uint8)  # four codes in each
+        if size % CODES_PER_BYTE:
+            codes[:, -1] &= (1 << 2 * (size % CODES_PER_BYTE)) - 1
+        return CodedMatrix(codes, levels, size)
 
     return LowRankDelta(factor(n), torch.full((rank,), 0.1 / (rank * k) ** 0.5), factor(k), (n, k))
 

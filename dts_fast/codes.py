@@ -212,6 +212,8 @@ def terms_of(delta: Delta) -> tuple[LowRankDelta, ...] | tuple[CodedVector, ...]
 
 def as_matrix(delta):
     """The delta of a single row or column as what a bank holds: one component, exactly; anything else as it is."""
+    if isinstance(delta, LowRankDelta):
+        return delta
     if isinstance(delta, DeltaSum):
         terms = tuple(as_matrix(term) for term in delta.terms)
         return delta if terms == delta.terms else DeltaSum(terms)
@@ -238,6 +240,22 @@ def owned(delta: Delta) -> Delta:
         u, v = (CodedMatrix(f.codes.clone(), f.levels.clone(), f.n) for f in (delta.u, delta.v))
         return LowRankDelta(u, delta.s.clone(), v, delta.shape)
     return CodedVector(delta.codes.clone(), delta.levels.clone(), delta.shape)
+
+
+def sizes_of(delta: LowRankDelta | DeltaSum) -> LowRankDelta | DeltaSum:
+    """A matrix's delta without its numbers, on the meta device: what a bank has to know where it has the pages."""
+    if isinstance(delta, DeltaSum):
+        return DeltaSum(tuple(sizes_of(term) for term in delta.terms))
+    u, v = (
+        CodedMatrix(_sizes(f.codes.shape, torch.uint8), _sizes((4,), torch.float32), f.n) for f in (delta.u, delta.v)
+    )
+    return LowRankDelta(u, _sizes(delta.s.shape, torch.float32), v, delta.shape)
+
+
+@lru_cache(maxsize=4096)
+def _sizes(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def scaled(delta: Delta, weight: float) -> Delta:

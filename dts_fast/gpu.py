@@ -31,14 +31,23 @@ def add_delta_(y: Tensor, x: Tensor, *bank: Tensor, transpose: bool = False) -> 
     _others().add_delta_(y, x, *bank, transpose=transpose)
 
 
-def embedding_delta(
-    ids: Tensor, layout: PageLayout, pages: Tensor, slot_pages: Tensor, slot_weights: Tensor, slot_ids: Tensor
-) -> Tensor:
+def embedding_delta(ids: Tensor, layout: PageLayout, *bank: Tensor) -> Tensor:
     """`ops.embedding_delta` on a GPU, with checked arguments: nothing depends on the batch's composition, and nothing
     is copied to the host, so that it can be captured in a graph."""
+    others = _others()
+    return (
+        _plain_embedding_delta(ids, layout, *bank)
+        if others is reference
+        else others.embedding_delta(ids, layout, *bank)
+    )
+
+
+def _plain_embedding_delta(
+    ids: Tensor, layout: PageLayout, pages: Tensor, slot_pages: Tensor, slot_weights: Tensor, slot_ids: Tensor
+) -> Tensor:
     coefficients = layout.coefficients(ids, pages, slot_pages, slot_weights, slot_ids)  # [M, L, 16]
     listed = slot_pages[slot_ids.clamp_min(0)].clamp_min(0).long()  # [M, L]; unused entries have coefficients 0
-    # All pages are dequantised, whatever the batch uses: [P * 16, K] is small beside the table.
+    # All pages are dequantised, whatever the batch uses: which these are the host does not know.
     spread = coefficients.new_zeros(ids.shape[0], pages.shape[0], PAGE_RANKS)
     spread.scatter_add_(1, listed[..., None].expand_as(coefficients), coefficients)
     with torch.autocast(ids.device.type, enabled=False):

@@ -53,6 +53,9 @@ class DTSModel(nn.Module):
             adapters store whole come on top.
         eviction: ``"lru"`` lets the least recently used adapter go where room is needed; its name stays known, and a
             call that uses it loads it again. None refuses the load.
+        host_bytes: of host memory (pinned where the model is on a GPU) in which adapters stay ready after their
+            eviction: to come back they are copied, and neither read from their files nor rearranged. Worth it where
+            the device has less memory to spare than the host; on a CPU a larger ``max_adapters`` does more.
         prepack: keep the weights of the linear layers that adapters change in the order in which the CPU kernels read
             them, see `DTSLinear`; tied ones stay as they are. Nothing of the caller's may hold those parameters.
     """
@@ -65,6 +68,7 @@ class DTSModel(nn.Module):
         max_rank: int | None = None,
         max_bytes: int | None = None,
         eviction: str | None = None,
+        host_bytes: int = 0,
         prepack: bool = False,
     ) -> None:
         super().__init__()
@@ -82,6 +86,8 @@ class DTSModel(nn.Module):
             )
         if eviction not in (None, "lru"):
             raise DTSError(f"eviction: expected None or 'lru', got {eviction!r}.")
+        if host_bytes < 0 or (host_bytes and eviction is None):
+            raise DTSError(f"host_bytes: expected 0 or more, and eviction='lru' with it, got {host_bytes}.")
         self.model = model
         self.slots = SlotTable(max_adapters)
         self.adapter_configs: dict[str, Mapping[str, object]] = {}
@@ -98,7 +104,7 @@ class DTSModel(nn.Module):
         self._wrappers = self._wrapping.wrappers
         self._attaching = 0  # loads under way
         self._apart = Apart()
-        self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._has_file)
+        self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._has_file, host_bytes)
         self._calls = Calls(self._live, self.slots, self._wrappers, self._lease)
 
     def __getattr__(self, name: str):
@@ -141,6 +147,7 @@ class DTSModel(nn.Module):
         max_rank: int | None = None,
         max_bytes: int | None = None,
         eviction: str | None = None,
+        host_bytes: int = 0,
         prepack: bool = False,
         verify_base: bool = True,
         **model_kwargs: object,
@@ -151,7 +158,7 @@ class DTSModel(nn.Module):
             base_model: a loaded model, or a directory, ``.safetensors`` file or hub id. From a path, the model class
                 is the one the fine-tune had, so that its head is there.
             adapter: adapter directory or hub id. Any hub id may name a revision: ``org/name@revision``.
-            max_adapters, max_rank, max_bytes, eviction, prepack: see `DTSModel`.
+            max_adapters, max_rank, max_bytes, eviction, host_bytes, prepack: see `DTSModel`.
             verify_base: see `load_adapter`.
             model_kwargs: for the ``from_pretrained`` of transformers (``dtype``, ``device_map``, ...).
 
@@ -164,8 +171,9 @@ class DTSModel(nn.Module):
         if not isinstance(base_model, nn.Module):
             base_model = load_base(base_model, loaded.config["model_config"], model_kwargs)
         model = cls(
-            base_model, max_adapters, max_rank=max_rank, max_bytes=max_bytes, eviction=eviction, prepack=prepack
-        )
+            base_model, max_adapters, max_rank=max_rank, max_bytes=max_bytes, eviction=eviction,
+            host_bytes=host_bytes, prepack=prepack,
+        )  # fmt: skip
         try:
             model._attach(loaded, adapter_name, source, verify, verify_base=verify_base)
         except BaseException:
@@ -261,6 +269,7 @@ class DTSModel(nn.Module):
             self.slots.check(adapter_name)
             self.adapter_configs.pop(adapter_name, None)
             self._sources.pop(adapter_name, None)  # a mixture has none
+            self._residency.host.drop(adapter_name)
             self.slots.release(adapter_name, self._residency.clear)
 
     def add_weighted_adapter(
@@ -422,6 +431,7 @@ class DTSModel(nn.Module):
             self.slots.release(name)
         self.adapter_configs.clear()
         self._sources.clear()
+        self._residency.host.clear()
         self._calls.remove_hooks()
         return self.model
 
@@ -453,7 +463,7 @@ class DTSModel(nn.Module):
     def memory_report(self) -> dict[str, object]:
         """Bytes in memory: ``base`` (the model's own parameters, each once), ``adapters`` by name (what each uses of
         pages and rows; mixtures use their members' pages, evicted ones nothing), and ``reserved``: the arenas and
-        tables, with what is free in them, and tensors that are stored whole."""
+        tables, with what is free in them, and tensors that are stored whole; and ``host`` (see ``host_bytes``)."""
         with self.slots.loading:
             return self._residency.memory_of(self.model)
 
@@ -496,7 +506,7 @@ class DTSModel(nn.Module):
         def wanted() -> bool:  # and not deleted, replaced, or loaded by another thread
             return self._sources.get(name) is source and name not in self.slots.resident
 
-        if wanted():
+        if wanted() and not self._residency.load_ready(name, keep, wanted):
             now = _Source.of(source.folder, source.verify_base)
             try:
                 adapter, verify = open_adapter(source.folder, verify_checksum=now != source)

@@ -10,18 +10,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .bank import Bank, VectorTable, give_back_memory
+from .codes import LowRankDelta, terms_of
 from .errors import CapacityError
+from .host_cache import HostCache, Parts, Ready
 from .nn import DTSModule
 from .nn.module import Parameter
-from .paging import Writes
 from .prepack import PackedLinear
 from .slots import BASE, SlotTable
-
-# What a load writes: wrapper and its parameters.
-Parts = list[tuple[DTSModule, Mapping[str, Parameter]]]
+from .writes import Kept, NotKeptError, Writes
 
 
 class Residency:
@@ -32,6 +31,7 @@ class Residency:
         wrappers: the model's, by path; more may come.
         evicts: whether the least recently used may go where room is needed.
         has_file: whether an adapter can be loaded again.
+        host_bytes: of host memory for copies of what was loaded.
     """
 
     def __init__(
@@ -40,8 +40,10 @@ class Residency:
         wrappers: Mapping[str, DTSModule],
         evicts: bool,
         has_file: Callable[[str], bool],
+        host_bytes: int = 0,
     ) -> None:
         self.table, self.wrappers, self.evicts, self.has_file = table, wrappers, evicts, has_file
+        self.host = HostCache(host_bytes)
 
     def clear(self, slot: int) -> None:
         """Empty a slot in all layers."""
@@ -50,8 +52,10 @@ class Residency:
         with ExitStack() as stack:  # all of them, whatever one raises
             for device in self._gpus():  # last: loads run on streams that do not wait for this one
                 stack.callback(torch.cuda.current_stream(device).synchronize)
+            writes = Writes()
+            stack.callback(writes.write)
             for wrapper in list(self.wrappers.values()):
-                stack.callback(wrapper.clear_slot, slot)
+                stack.callback(wrapper.clear_slot, slot, writes)
 
     def load(
         self,
@@ -62,6 +66,7 @@ class Residency:
         replace: bool = False,
         keep: Collection[str] = (),
         wanted: Callable[[], bool] = lambda: True,
+        kept: Kept | None = None,
     ) -> None:
         """Load an adapter.
 
@@ -70,9 +75,11 @@ class Residency:
             replace: take the place of another one of its name.
             keep: names that are not evicted for it.
             wanted: asked when nothing can change any more: whether it is still to be loaded.
+            kept: its pages, of an earlier load.
 
         Raises:
             DTSError: the name is taken.
+            NotKeptError: the pages that were kept do not fit any more.
             CapacityError: it does not fit, whatever is evicted; or it would once running calls end, of which this
                 thread's is one. Nothing is changed.
         """
@@ -81,11 +88,16 @@ class Residency:
             return all(wrapper.fits(parameters, without) for wrapper, parameters in parts)
 
         def write(slot: int) -> None:
-            writes = Writes()
+            keeping = Kept(self.host.most) if self.host.most and kept is None else None
+            writes = Writes(keeping, kept)
             for wrapper, parameters in parts:
                 wrapper.load_slot(slot, parameters, writes)
+                if kept is not None and slot in wrapper.stored and not _has_numbers(wrapper.stored[slot]):
+                    raise NotKeptError
             writes.write()
             publish()
+            if keeping is not None:
+                self.host.put(name, Ready.of(slot, parts, keeping))
 
         def where() -> str:
             """The first layer that has too little room for it alone."""
@@ -94,6 +106,20 @@ class Residency:
             return next((path for path, wrapper in self.wrappers.items() if wrapper is tight), "some layer")
 
         self._fill(name, write, fits, where=where, replace=replace, keep=keep, wanted=wanted)
+
+    def load_ready(self, name: str, keep: Collection[str], wanted: Callable[[], bool]) -> bool:
+        """`load` of an adapter that was evicted, from host memory; False where it is not there."""
+        with self.table.loading:
+            ready = self.host.get(name)
+        if ready is None:
+            return False
+        try:
+            self.load(name, ready.parts, lambda: None, replace=True, keep=keep, wanted=wanted, kept=ready.kept)
+        except NotKeptError:
+            with self.table.loading:
+                self.host.drop(name)
+            return False
+        return True
 
     def mix(self, name: str, weights: Mapping[str, float], publish: Callable[[], None]) -> bool:
         """Load the weighted sum of resident adapters; it is pinned. Returns False where one of them was evicted.
@@ -171,6 +197,7 @@ class Residency:
             "base": sum(own.values()),
             "adapters": {name: used(slots[name]) if name in slots else 0 for name in self.table.names},
             "reserved": sum(table.nbytes for table in tables) + sum(stored.values()) + sum(added.values()),
+            "host": self.host.nbytes,
         }
 
     def _fill(
@@ -272,3 +299,9 @@ class Residency:
                 stack.callback(stream.synchronize)
                 stack.enter_context(torch.cuda.stream(stream))
             yield
+
+
+def _has_numbers(parameters: Mapping[str, Parameter]) -> bool:
+    """Whether none of a layer's parameters is sizes alone."""
+    terms = (term for p in parameters.values() if not isinstance(p, Tensor) for term in terms_of(p))
+    return not any(isinstance(term, LowRankDelta) and term.s.is_meta for term in terms)

@@ -9,7 +9,7 @@ import torch
 from dts_fast import bank as bank_module
 from dts_fast.bank import Arena, Bank, give_back_memory
 from dts_fast.errors import CapacityError
-from dts_fast.paging import send_lists
+from dts_fast.writes import Writes, send_lists
 
 
 def pages(count: int, value: int) -> torch.Tensor:
@@ -140,14 +140,20 @@ def test_replaced_arenas_are_given_back_once_they_are_worth_it(monkeypatch):
 
 
 def test_lists_are_the_same_on_another_device():
-    """What is done for GPUs, on a CPU."""
+    """What is done for GPUs, on a CPU; and what is left to be written with others'."""
     lists, banks = {1: [4, 2, 0], 3: [], 4: [5]}, []
-    for _ in range(2):
+    for _ in range(3):
         bank = Bank(128, 3, parts=2, arena=Arena(6, 3))
         banks.append(bank)
     own = torch.tensor([0.25, 2.0])
     banks[0]._list(lists, 0.5)
     banks[0]._list({0: [1, 3]}, own)
     send_lists([*((banks[1], row, pages, 0.5) for row, pages in lists.items()), (banks[1], 0, [1, 3], own)])
-    for name, tensor in zip(("pages", "slot_pages", "slot_weights"), banks[0].tensors, strict=True):
-        assert torch.equal(tensor, getattr(banks[1], name)), name
+    gathered = Writes()
+    banks[2]._list(lists, 0.5, gathered)
+    assert (banks[2].slot_pages == -1).all()
+    gathered.write()
+    banks[2]._list({0: [1, 3]}, own)
+    for bank in banks[1:]:
+        for tensor, others in zip(banks[0].tensors, bank.tensors, strict=True):
+            assert torch.equal(tensor, others)

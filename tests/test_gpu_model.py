@@ -11,7 +11,7 @@ from conftest import write_checkpoint
 from test_nn_experts import Experts, inputs, with_deltas
 from torch import nn
 
-from dts_fast import DTSConfig, DTSModel, compress, ops, reference, route
+from dts_fast import DTSConfig, DTSModel, compress, ops, reference, route, writes
 from dts_fast.bank import Bank
 from dts_fast.codes import PageLayout, to_pages
 from dts_fast.fit import fit
@@ -49,10 +49,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make_model(folder, **settings) -> DTSModel:
+def make_model(folder, device: str = "cuda", **settings) -> DTSModel:
     base = Net()
     base.load_state_dict(torch.load(folder / "base.pt", weights_only=True))
-    return DTSModel(base.eval().cuda(), **settings)
+    return DTSModel(base.eval().to(device), **settings)
 
 
 IDS = torch.arange(24).reshape(4, 6)
@@ -61,9 +61,7 @@ IDS = torch.arange(24).reshape(4, 6)
 @pytest.fixture(scope="module")
 def expected(folder) -> dict[str, torch.Tensor]:
     """What the CPU computes."""
-    model = make_model(folder)
-    model.model.cpu()
-    model = DTSModel(model.model)
+    model = make_model(folder, "cpu")
     for name in NAMES:
         model.load_adapter(folder / name, name)
     with torch.no_grad():
@@ -125,6 +123,23 @@ def test_loads_beside_running_calls(folder, expected):
         stop.set()
         thread.join(60)
     assert wrong == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("staged", [1, 1 << 30])
+def test_what_was_evicted_comes_back_from_pinned_memory(folder, expected, monkeypatch, staged):
+    monkeypatch.setattr(writes, "_STAGED", staged)
+    model = make_model(folder, max_adapters=1, eviction="lru", host_bytes=1 << 24)
+    for name in "abcd":
+        model.load_adapter(folder / name, name)
+    monkeypatch.setattr("dts_fast.model.open_adapter", None)
+    assert all(pages.is_pinned() for ready, _ in model._residency.host._ready.values() for _, pages in blocks(ready))
+    for name in "abcddbca":
+        close(model(IDS.cuda(), adapter_names=name), expected[name])
+
+
+def blocks(ready) -> list:
+    return list(ready.kept._blocks.values())
 
 
 @torch.no_grad()

@@ -222,7 +222,7 @@ def test_a_bank_of_fixed_capacity_counts_all_matrices():
     assert not bank.fits([2])
     assert bank.fits([2, 2], without=[0])
     with pytest.raises(CapacityError):
-        bank._load(1, {0: 1, 1: 1}, lambda part, taken: None, 1.0)
+        bank._take({3: 1, 4: 1})
     assert (bank.slot_pages >= 0).sum(1).tolist() == [2, 0, 2, 0, 0, 0]
     bank.evict(0)
     assert bank.fits([2, 2, 1])

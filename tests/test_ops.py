@@ -276,7 +276,8 @@ EMBEDDINGS = {
     "plain": reference.embedding_delta,
     "registered": ops.embedding_delta,
     **{f"cpu {isa}": on_isa(isa, ops.embedding_delta) for isa in ISAS},
-    "as on a GPU": gpu.embedding_delta,
+    "as on a GPU, in plain torch": gpu._plain_embedding_delta,
+    **({"triton": on_device(DEVICE, triton.embedding_delta)} if TRITON else {}),
 }
 
 

@@ -7,12 +7,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dts_fast import native, paging
-from dts_fast.bank import Bank
+from dts_fast import native, paging, writes
+from dts_fast.bank import Bank, VectorTable
 from dts_fast.benchmark import random_delta
-from dts_fast.codes import CodedMatrix, CodedVector, DeltaSum, LowRankDelta, PageLayout, num_pages, pack, to_pages
+from dts_fast.codes import (
+    CodedMatrix,
+    CodedVector,
+    DeltaSum,
+    LowRankDelta,
+    PageLayout,
+    num_pages,
+    pack,
+    sizes_of,
+    to_pages,
+)
 from dts_fast.mixture import mix
-from dts_fast.paging import Writes, send_pages, write_vector
+from dts_fast.writes import Kept, NotKeptError, Writes, send_pages, send_vectors
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -28,10 +38,10 @@ def delta_of(n: int, k: int, rank: int) -> LowRankDelta:
 def test_pages_are_those_of_the_layout_bit_by_bit(n, k, rank):
     delta = delta_of(n, k, rank)
     arena = torch.full((num_pages(rank) + 3, PageLayout(n, k).nbytes), 0xFF, dtype=torch.uint8)  # poisoned
-    numbers, writes = torch.randperm(len(arena))[: num_pages(rank)].tolist(), Writes()
-    writes.add_pages(SimpleNamespace(tensors=(arena, None, None)), numbers, delta)
+    numbers, all_of_it = torch.randperm(len(arena))[: num_pages(rank)].tolist(), Writes()
+    all_of_it.add_pages(bank_of(arena), numbers, delta)
     assert (arena == 0xFF).all()
-    writes.write()
+    all_of_it.write()
     assert torch.equal(arena[numbers], to_pages(delta))
     others = [i for i in range(len(arena)) if i not in numbers]
     assert (arena[others] == 0xFF).all()
@@ -39,14 +49,14 @@ def test_pages_are_those_of_the_layout_bit_by_bit(n, k, rank):
 
 def test_deltas_of_many_banks_are_written_together():
     """Also with several threads, whose shares begin and end within any of them."""
-    writes, banks, shapes = Writes(), [], [(67, 130, 19), (5, 3, 0), (4099, 48, 33), (1, 1, 1), (130, 2050, 70)]
+    all_of_it, banks, shapes = Writes(), [], [(67, 130, 19), (5, 3, 0), (4099, 48, 33), (1, 1, 1), (130, 2050, 70)]
     for n, k, rank in shapes:
         delta = delta_of(n, k, rank)
-        bank = SimpleNamespace(tensors=(torch.empty(0, PageLayout(n, k).nbytes, dtype=torch.uint8), None, None))
-        writes.add_pages(bank, range(1, num_pages(rank) + 1), delta)
+        bank = bank_of(torch.empty(0, PageLayout(n, k).nbytes, dtype=torch.uint8))
+        all_of_it.add_pages(bank, range(1, num_pages(rank) + 1), delta)
         bank.tensors = torch.full((num_pages(rank) + 2, PageLayout(n, k).nbytes), 0xFF, dtype=torch.uint8), None, None
         banks.append((bank, delta))  # its arena has grown
-    writes.write()
+    all_of_it.write()
     for bank, delta in banks:
         assert torch.equal(bank.tensors[0][1:-1], to_pages(delta))
         assert (bank.tensors[0][[0, -1]] == 0xFF).all()
@@ -55,13 +65,68 @@ def test_deltas_of_many_banks_are_written_together():
 @pytest.mark.parametrize("staged", [1, 1000, 1 << 30])
 def test_pages_for_another_device_go_there_in_parts(monkeypatch, staged):
     """What is done for GPUs, on a CPU."""
-    monkeypatch.setattr(paging, "_STAGED", staged)
+    monkeypatch.setattr(writes, "_STAGED", staged)
     deltas = [delta_of(70, 33, rank) for rank in (0, 20, 1, 50)]
-    arenas = [torch.zeros(5, PageLayout(70, 33).nbytes, dtype=torch.uint8) for _ in deltas]
+    banks = [bank_of(torch.zeros(5, PageLayout(70, 33).nbytes, dtype=torch.uint8)) for _ in deltas]
     numbers = [[], [3, 4], [0], [0, 2, 3, 4]]
-    send_pages(list(zip(arenas, numbers, deltas, strict=True)))
-    for arena, own, delta in zip(arenas, numbers, deltas, strict=True):
-        assert torch.equal(arena[own], to_pages(delta))
+    send_pages([writes._Pages(*each, place) for place, each in enumerate(zip(banks, numbers, deltas, strict=True))])
+    for bank, own, delta in zip(banks, numbers, deltas, strict=True):
+        assert torch.equal(bank.tensors[0][own], to_pages(delta))
+
+
+def bank_of(arena: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(tensors=(arena, None, None), page_nbytes=arena.shape[1])
+
+
+@pytest.mark.parametrize("staged", [1, 1000, 1 << 30])
+def test_pages_that_were_kept_are_written_again(monkeypatch, staged):
+    monkeypatch.setattr(writes, "_STAGED", staged)
+    deltas = [delta_of(70, 33, 20), delta_of(70, 33, 0), DeltaSum((delta_of(5, 9, 3), delta_of(5, 9, 17)))]
+    shapes = [(70, 33), (70, 33), (5, 9)]
+    banks = [bank_of(torch.zeros(6, PageLayout(*shape).nbytes, dtype=torch.uint8)) for shape in shapes]
+    keeping = Kept(1 << 20)
+    first = Writes(keeping)
+    for bank, delta, numbers in zip(banks, deltas, ([1, 5], [], [0, 3, 2]), strict=True):
+        first.add_pages(bank, numbers, delta)
+    first.write()
+    assert keeping.is_whole
+    assert keeping.nbytes == sum(
+        len(to_pages(d)) * bank.tensors[0].shape[1] for d, bank in zip(deltas, banks, strict=True)
+    )
+    for bank in banks:
+        bank.tensors = torch.full_like(bank.tensors[0], 0xFF), None, None
+    again = Writes(kept=keeping)
+    for bank, delta, numbers in zip(banks, map(sizes_of, deltas), ([4, 2], [], [5, 4, 0]), strict=True):
+        again.add_pages(bank, numbers, delta)
+    again.write()
+    for bank, delta, numbers in zip(banks, deltas, ([4, 2], [], [5, 4, 0]), strict=True):
+        assert torch.equal(bank.tensors[0][numbers], to_pages(delta))
+        others = [i for i in range(6) if i not in numbers]
+        assert (bank.tensors[0][others] == 0xFF).all()
+    for other in (bank_of(banks[0].tensors[0]), banks[2]):
+        with pytest.raises(NotKeptError):
+            Writes(kept=keeping).add_pages(other, [0, 1], deltas[0])
+
+
+def test_more_pages_than_may_be_kept_are_not():
+    bank = bank_of(torch.zeros(6, PageLayout(70, 33).nbytes, dtype=torch.uint8))
+    keeping = Kept(3 * PageLayout(70, 33).nbytes - 1)
+    for numbers in ([1, 2], [3]):
+        some = Writes(keeping)
+        some.add_pages(bank, numbers, delta_of(70, 33, 16 * len(numbers)))
+        some.write()
+        assert keeping.is_whole == (numbers == [1, 2])
+    with pytest.raises(NotKeptError):
+        keeping.take(0, bank, 2)
+
+
+def test_vectors_for_another_device_are_the_same():
+    """What is done for GPUs, on a CPU."""
+    bases = [torch.randn(n).to(dtype) for n, dtype in ((9, torch.bfloat16), (1, torch.float32), (130, torch.float16))]
+    deltas, outs = [vector(len(base)) for base in bases], [torch.empty_like(base) for base in bases]
+    send_vectors([writes._Vector(*each) for each in zip(outs, bases, deltas, strict=True)])
+    for out, base, delta in zip(outs, bases, deltas, strict=True):
+        assert torch.equal(out, (base.float() + delta.dequantize()).to(base.dtype))
 
 
 def test_without_the_extension_pages_are_the_same():
@@ -90,23 +155,40 @@ def vector(n: int) -> CodedVector:
 def test_a_vector_is_added_in_float32_and_rounded_once(n, dtype):
     base, delta = torch.randn(n, dtype=dtype), vector(n)
     wide = torch.promote_types(dtype, torch.float32)
-    out = torch.full_like(base, float("nan"))
-    write_vector(out, base, delta)
-    assert torch.equal(out, (base.to(wide) + delta.dequantize(wide)).to(dtype))
+    table = VectorTable(base, 2)
+    table.values[:2] = float("nan")
+    table.load(0, delta)
+    gathered = Writes()
+    table.load(1, delta, gathered)
+    assert table.values[1].isnan().all()
+    gathered.write()
+    for slot in (0, 1):
+        assert torch.equal(table.values[slot], (base.to(wide) + delta.dequantize(wide)).to(dtype))
 
 
 def test_what_the_native_op_does_not_take_is_added_all_the_same():
-    base, delta = torch.randn(18)[::2], vector(9)
-    out = torch.empty(18)[::2]
-    write_vector(out, base, CodedVector(delta.codes, delta.levels.double(), delta.shape))
-    torch.testing.assert_close(out, base + delta.dequantize())
+    base, delta, deltas = torch.randn(9), vector(9), [vector(9), vector(9)]
+    table, gathered = VectorTable(base, 2), Writes()
+    table.load(0, CodedVector(delta.codes, delta.levels.double(), delta.shape), gathered)
+    table.load(1, mix("bias", [(0.5, deltas[0]), (2.0, deltas[1])]), gathered)
+    torch.testing.assert_close(table.values[0], base + delta.dequantize())
+    torch.testing.assert_close(table.values[1], base + 0.5 * deltas[0].dequantize() + 2.0 * deltas[1].dequantize())
 
 
-def test_a_sum_of_vectors_is_added_too():
-    base, deltas = torch.randn(9), [vector(9), vector(9)]
-    out = torch.empty(9)
-    write_vector(out, base, mix("bias", [(0.5, deltas[0]), (2.0, deltas[1])]))
-    torch.testing.assert_close(out, base + 0.5 * deltas[0].dequantize() + 2.0 * deltas[1].dequantize())
+def test_without_the_extension_all_else_is_the_same():
+    table, pages = [torch.full((3, 4), 9, dtype=torch.int32)] * 2, torch.full((6, 128), 0xFF, dtype=torch.uint8)
+    weights, source = [torch.zeros(3, 4)] * 2, torch.randint(0, 99, (3, 128), dtype=torch.uint8)
+    paging._write_lists_plain(table, weights, [1, 2], [2, 1], [7, 5, 3], [0.5, 2.0])
+    assert (table[0].tolist(), weights[0].tolist()) == (
+        [[9] * 4, [7, 5, -1, -1], [3, -1, -1, -1]],
+        [[0.0] * 4, [0.5, 0.5, 0, 0], [2.0, 0, 0, 0]],
+    )
+    paging._copy_pages_plain([pages], [source], [4, 0, 1])
+    assert torch.equal(pages[[4, 0, 1]], source)
+    assert (pages[[2, 3, 5]] == 0xFF).all()
+    base, delta, out = torch.randn(9), vector(9), torch.empty(9)
+    paging._write_vectors_plain([out], [base], [delta.codes], [delta.levels])
+    assert torch.equal(out, base + delta.dequantize())
 
 
 @pytest.mark.skipif(native.MODULE is None, reason="no extension here")
@@ -137,16 +219,34 @@ def test_pages_that_do_not_fit_are_refused(name, change):
     assert (pages == 0).all()
 
 
+TABLE, NUMBERS = torch.zeros(3, 4, dtype=torch.int32), torch.zeros(3, 4)
+CODES, PAGES = torch.zeros(3, dtype=torch.uint8), torch.zeros(3, 128, dtype=torch.uint8)
+
+
 @pytest.mark.skipif(native.MODULE is None, reason="no extension here")
 @pytest.mark.parametrize(
-    ("name", "arguments"),
+    ("op", "name", "arguments"),
     [
-        ("out", (torch.empty(8), torch.zeros(9), torch.zeros(3, dtype=torch.uint8), torch.zeros(4))),
-        ("codes", (torch.empty(9), torch.zeros(9), torch.zeros(2, dtype=torch.uint8), torch.zeros(4))),
-        ("levels", (torch.empty(9), torch.zeros(9), torch.zeros(3, dtype=torch.uint8), torch.zeros(4).double())),
-        ("base", (torch.empty(9).int(), torch.zeros(9).int(), torch.zeros(3, dtype=torch.uint8), torch.zeros(4))),
+        ("write_vectors_", "out", ([torch.empty(8)], [torch.zeros(9)], [CODES], [torch.zeros(4)])),
+        ("write_vectors_", "codes", ([torch.empty(9)], [torch.zeros(9)], [CODES[:2]], [torch.zeros(4)])),
+        ("write_vectors_", "levels", ([torch.empty(9)], [torch.zeros(9)], [CODES], [torch.zeros(4).double()])),
+        ("write_vectors_", "base", ([torch.empty(9).int()], [torch.zeros(9).int()], [CODES], [torch.zeros(4)])),
+        ("write_vectors_", "write_vectors_", ([torch.empty(9)], [torch.zeros(9)], [], [torch.zeros(4)])),
+        ("copy_pages_", "sources", ([PAGES], [torch.zeros(1, 64, dtype=torch.uint8)], [0])),
+        ("copy_pages_", "pages", ([PAGES.int()], [PAGES], [0, 1, 2])),
+        ("copy_pages_", "numbers", ([PAGES], [PAGES[:1]], [3])),
+        ("copy_pages_", "numbers", ([PAGES], [PAGES[:1]], [-1])),
+        ("copy_pages_", "numbers", ([PAGES], [PAGES[:1]], [])),
+        ("copy_pages_", "numbers", ([PAGES], [PAGES[:1]], [0, 1])),
+        ("copy_pages_", "copy_pages_", ([PAGES], [], [])),
+        ("write_lists_", "slot_pages", ([TABLE.long()], [NUMBERS], [0], [1], [0], [1.0])),
+        ("write_lists_", "slot_weights", ([TABLE], [NUMBERS[:2]], [0], [1], [0], [1.0])),
+        ("write_lists_", "write_lists_", ([TABLE], [NUMBERS], [3], [1], [0], [1.0])),
+        ("write_lists_", "write_lists_", ([TABLE], [NUMBERS], [0], [5], [0] * 5, [1.0])),
+        ("write_lists_", "write_lists_", ([TABLE], [NUMBERS], [0], [2], [0], [1.0])),
+        ("write_lists_", "write_lists_", ([TABLE], [NUMBERS], [0], [2], [0, 1], [])),
     ],
 )
-def test_the_native_op_refuses_what_does_not_fit(name, arguments):
-    with pytest.raises(ValueError, match=f"dts_fast: {name}: expected .*, got "):
-        torch.ops.dts_fast.write_vector_(*arguments)
+def test_the_native_ops_refuse_what_does_not_fit(op, name, arguments):
+    with pytest.raises(ValueError, match=f"dts_fast: {name}: expected .*, got |dts_fast: {name}: expected lists"):
+        getattr(torch.ops.dts_fast, op)(*arguments)

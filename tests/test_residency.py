@@ -16,7 +16,7 @@ from torch import nn
 
 from dts_fast import DTSConfig, DTSModel, compress, route
 from dts_fast.errors import AdapterFormatError, BaseMismatchError, CapacityError, DTSError, UnknownAdapterError
-from dts_fast.paging import Writes
+from dts_fast.writes import Writes
 
 model_module = importlib.import_module("dts_fast.model")
 NAMES = ["a", "b", "c", "d"]

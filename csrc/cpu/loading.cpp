@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -110,7 +111,7 @@ void add_levels(T* out, const T* base, const uint8_t* codes, const float* levels
   }
 }
 
-void write_vector(at::Tensor& out, const at::Tensor& base, const at::Tensor& codes, const at::Tensor& levels) {
+void write_vector(const at::Tensor& out, const at::Tensor& base, const at::Tensor& codes, const at::Tensor& levels) {
   const int64_t n = base.dim() == 1 ? base.size(0) : -1;
   const auto dtype = base.scalar_type();
   expect(n >= 0 && base.is_contiguous(), "base", base, "contiguous [n]");
@@ -135,11 +136,110 @@ void write_vector(at::Tensor& out, const at::Tensor& base, const at::Tensor& cod
   }
 }
 
+void write_vectors(at::TensorList out, at::TensorList base, at::TensorList codes, at::TensorList levels) {
+  TORCH_CHECK_VALUE(base.size() == out.size() && codes.size() == out.size() && levels.size() == out.size(),
+                    "dts_fast: write_vectors_: expected lists of one length, that of out: ", out.size(), ".");
+  for (size_t i = 0; i < out.size(); ++i) write_vector(out[i], base[i], codes[i], levels[i]);
+}
+
+// Calls f(arena, first page there, source, first page there, how many) for pages that lie side by side in both.
+template <class F>
+void for_each_run(at::TensorList pages, at::TensorList sources, at::IntArrayRef numbers, const F& f) {
+  TORCH_CHECK_VALUE(sources.size() == pages.size(),
+                    "dts_fast: copy_pages_: expected lists of one length, that of pages: ", pages.size(), ".");
+  size_t listed = 0;
+  for (size_t i = 0; i < pages.size(); ++i) {
+    const at::Tensor &arena = pages[i], &source = sources[i];
+    expect(arena.scalar_type() == at::kByte && arena.dim() == 2 && arena.is_contiguous(), "pages", arena,
+           "contiguous torch.uint8 [P, nbytes]");
+    const int64_t held = arena.size(0), count = source.dim() == 2 ? source.size(0) : -1;
+    expect(source.scalar_type() == at::kByte && count >= 0 && source.size(1) == arena.size(1) && source.is_contiguous(),
+           "sources", source, "contiguous torch.uint8 [n, ", arena.size(1), "] like pages");
+    TORCH_CHECK_VALUE(listed + count <= numbers.size(),
+                      "dts_fast: numbers: expected one for each page of each source, got ", numbers.size(), ".");
+    const int64_t* const own = numbers.data() + listed;
+    for (int64_t page = 0; page < count; ++page) {
+      TORCH_CHECK_VALUE(own[page] >= 0 && own[page] < held, "dts_fast: numbers: expected pages below ", held, ", got ",
+                        own[page], ".");
+    }
+    for (int64_t page = 0, end; page < count; page = end) {
+      for (end = page + 1; end < count && own[end] == own[end - 1] + 1;) ++end;
+      f(arena, own[page], source, page, end - page);
+    }
+    listed += count;
+  }
+  TORCH_CHECK_VALUE(listed == numbers.size(), "dts_fast: numbers: expected ", listed, ", one for each page, got ",
+                    numbers.size(), ".");
+}
+
+void copy_pages(at::TensorList pages, at::TensorList sources, at::IntArrayRef numbers) {
+  struct Copy {
+    uint8_t* to;
+    const uint8_t* from;
+    int64_t nbytes;
+  };
+  std::vector<Copy> copies;
+  int64_t total = 0;
+  for_each_run(pages, sources, numbers,
+               [&](const at::Tensor& arena, int64_t to, const at::Tensor& source, int64_t from, int64_t count) {
+                 expect(arena.is_cpu() && source.is_cpu(), "sources", source, "on the CPU, as pages");
+                 const int64_t nbytes = arena.size(1);
+                 copies.push_back({arena.mutable_data_ptr<uint8_t>() + to * nbytes,
+                                   source.const_data_ptr<uint8_t>() + from * nbytes, count * nbytes});
+                 total += count * nbytes;
+               });
+  if (copies.empty()) return;
+  // What is worth waking a thread for: about 1 MiB, some 80 microseconds.
+  const int64_t count = static_cast<int64_t>(copies.size()), grain = std::max<int64_t>(1, (1 << 20) * count / total);
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) std::memcpy(copies[i].to, copies[i].from, copies[i].nbytes);
+  });
+}
+
+// To a GPU: torch's own copies, which know how long pinned memory is in use; from here, because an adapter has
+// hundreds.
+void send_pages(at::TensorList pages, at::TensorList sources, at::IntArrayRef numbers) {
+  for_each_run(pages, sources, numbers,
+               [](const at::Tensor& arena, int64_t to, const at::Tensor& source, int64_t from, int64_t count) {
+                 arena.narrow(0, to, count).copy_(source.narrow(0, from, count), /*non_blocking=*/true);
+               });
+}
+
+void write_lists(at::TensorList slot_pages, at::TensorList slot_weights, at::IntArrayRef rows, at::IntArrayRef counts,
+                 at::IntArrayRef numbers, at::ArrayRef<double> weights) {
+  const size_t lists = slot_pages.size();
+  TORCH_CHECK_VALUE(
+      slot_weights.size() == lists && rows.size() == lists && counts.size() == lists && weights.size() == lists,
+      "dts_fast: write_lists_: expected lists of one length, that of slot_pages: ", lists, ".");
+  size_t listed = 0;
+  for (size_t i = 0; i < lists; ++i) {
+    const at::Tensor& pages = slot_pages[i];
+    expect(pages.scalar_type() == at::kInt && pages.dim() == 2 && pages.is_contiguous() && pages.is_cpu(), "slot_pages",
+           pages, "contiguous int32 [S, L]");
+    check(slot_weights[i], "slot_weights", at::kFloat, pages.sizes());
+    const int64_t length = pages.size(1);
+    TORCH_CHECK_VALUE(rows[i] >= 0 && rows[i] < pages.size(0) && counts[i] >= 0 && counts[i] <= length &&
+                          listed + counts[i] <= numbers.size(),
+                      "dts_fast: write_lists_: expected rows below ", pages.size(0), " and at most ", length,
+                      " pages in each, got row ", rows[i], " and ", counts[i], ".");
+    float* const weight = slot_weights[i].mutable_data_ptr<float>() + rows[i] * length;
+    int32_t* const page = pages.mutable_data_ptr<int32_t>() + rows[i] * length;
+    std::fill(weight, weight + counts[i], static_cast<float>(weights[i]));
+    std::copy(numbers.begin() + listed, numbers.begin() + listed + counts[i], page);
+    std::fill(page + counts[i], page + length, -1);
+    listed += counts[i];
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dts_fast, CPU, m) {
   m.impl("write_pages_", &write_pages);
-  m.impl("write_vector_", &write_vector);
+  m.impl("copy_pages_", &copy_pages);
+  m.impl("write_vectors_", &write_vectors);
+  m.impl("write_lists_", &write_lists);
 }
+
+TORCH_LIBRARY_IMPL(dts_fast, CUDA, m) { m.impl("copy_pages_", &send_pages); }
 
 }  // namespace dts_fast::cpu

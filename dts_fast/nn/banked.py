@@ -10,9 +10,9 @@ from ..bank import Arena, Bank, VectorTable, page_count
 from ..codes import PageLayout, as_matrix, from_pages, is_matrix, num_pages
 from ..growth import added_rows_of, grown_parameter
 from ..mixture import mix
-from ..paging import Writes
 from ..routing import Slots, distinct
 from ..slots import SlotTable
+from ..writes import Writes
 from .module import DTSModule, Parameter
 
 
@@ -61,19 +61,20 @@ class BankedModule(DTSModule):
             kind, own = self.base_kind("weight"), writes or Writes()
             self.added[slot] = {name: own.copy_of(rows, *kind) for name, rows in added.items()}
         if "weight" in parameters:
-            self.bank.load_deltas(slot, {0: self._for_pages(parameters["weight"])}, writes)
+            self._modules["bank"].load_deltas(slot, {0: self._for_pages(parameters["weight"])}, writes)
         if "bias" in parameters:
-            self.biases.load(slot, parameters["bias"])
+            self.biases.load(slot, parameters["bias"], writes)
         self.loaded[slot] = frozenset(given)
         return None
 
     def fits(self, parameters: Mapping[str, Parameter], without: Collection[int] = ()) -> bool:
-        if self.bank.arena is None or "weight" not in parameters:
+        bank = self._modules["bank"]  # attributes of modules are looked for in several places
+        if bank.arena is None or "weight" not in parameters:
             return True
         parameters, added = _divided(parameters)
         if not _are_deltas(parameters) or (added and not self.can_grow):
             return True
-        return self.bank.fits([page_count(parameters["weight"])], without)
+        return bank.fits([page_count(parameters["weight"])], without)
 
     def has_fast_path(self, parameters: Mapping[str, Parameter]) -> bool:
         parameters, added = _divided(parameters)
@@ -123,14 +124,15 @@ class BankedModule(DTSModule):
             rows |= {name: t.to(fn(t.new_empty(0)).device) for name, t in rows.items()}
         return super()._apply(fn, recurse)
 
-    def clear_slot(self, slot: int) -> None:
-        super().clear_slot(slot)
+    def clear_slot(self, slot: int, writes: Writes | None = None) -> None:
+        super().clear_slot(slot, writes)
         self.loaded.pop(slot, None)
         self.added.pop(slot, None)
         # Whatever `loaded` says: a load that failed half way has written one and not the other.
-        self.bank.evict(slot)
-        if self.biases is not None:
-            self.biases.evict(slot)
+        self._modules["bank"].evict(slot, writes)
+        biases = self._modules.get("biases")
+        if biases is not None:
+            biases.evict(slot, writes)
 
     def added_in(self, slots: Slots) -> dict[int, dict[str, Tensor]]:
         """What each of these slots adds to the layer's parameters."""

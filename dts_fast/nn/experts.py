@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..bank import Arena, Bank, page_count
 from ..codes import PageLayout, from_pages, is_matrix
-from ..paging import Writes
 from ..pieces import Piece
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
+from ..writes import Writes
 from .module import DTSModule, Parameter, is_changed, is_hooked, is_plain
 
 
@@ -123,11 +123,11 @@ class DTSExperts(DTSModule):
             self.loaded[slot] = frozenset().union(*(self.loaded[member] for member, _ in present))
         return None
 
-    def clear_slot(self, slot: int) -> None:
-        super().clear_slot(slot)
+    def clear_slot(self, slot: int, writes: Writes | None = None) -> None:
+        super().clear_slot(slot, writes)
         self.loaded.pop(slot, None)
         for bank in self.banks.values():
-            bank.evict(slot)
+            bank.evict(slot, writes)
 
     def runs_alone(self, slot: int) -> bool:
         # A layer with hooks (a user's, or accelerate's) must run itself, or they do not.

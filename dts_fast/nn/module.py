@@ -16,10 +16,10 @@ from ..codes import Delta, LowRankDelta, owned
 from ..errors import BaseMismatchError, DTSError, MixedBatchError, NeverMixedError
 from ..growth import added_rows_of, grown_parameter
 from ..mixture import mix
-from ..paging import Writes
 from ..pieces import Piece
 from ..routing import ROUTES, Slots, all_base, current_route, current_slots, narrowed
 from ..slots import SlotTable
+from ..writes import Writes
 from .parameters import ReadParameter, named_tensors, personal_method, run_with, tensor_of, tensors_kept
 from .rows import batch_shape, map_rows, merge_rows
 from .state import find_cache
@@ -326,8 +326,8 @@ class DTSModule(nn.Module):
         """`load_adapter` for a slot of a shared table, with checked parameters; pages may be left to ``writes``."""
         self.stored[slot] = {n: p if isinstance(p, Tensor) else owned(p) for n, p in parameters.items()}
 
-    def clear_slot(self, slot: int) -> None:
-        """Free what a slot holds in this layer."""
+    def clear_slot(self, slot: int, writes: Writes | None = None) -> None:
+        """Free what a slot holds in this layer; lists and rows may be left to ``writes``."""
         self.stored.pop(slot, None)
 
     def parameters_of(self, slot: int) -> Mapping[str, Parameter]:

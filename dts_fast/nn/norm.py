@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..bank import VectorTable
 from ..codes import is_matrix
-from ..paging import Writes
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
+from ..writes import Writes
 from .module import DTSModule, Parameter
 from .parameters import run_with, with_parameters
 from .rows import for_each
@@ -39,15 +39,15 @@ class DTSNorm(DTSModule):
         if any(isinstance(p, Tensor) or is_matrix(p) for p in parameters.values()):
             return super().load_slot(slot, parameters, writes)
         for name, delta in parameters.items():
-            self.tables[name].load(slot, delta)
+            self.tables[name].load(slot, delta, writes)
         self.loaded[slot] = frozenset(parameters)
         return None
 
-    def clear_slot(self, slot: int) -> None:
-        super().clear_slot(slot)
+    def clear_slot(self, slot: int, writes: Writes | None = None) -> None:
+        super().clear_slot(slot, writes)
         self.loaded.pop(slot, None)
         for table in self.tables.values():
-            table.evict(slot)
+            table.evict(slot, writes)
 
     def has_fast_path(self, parameters: Mapping[str, Parameter]) -> bool:
         return True

@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 from .. import ops
 from ..bank import Arena
-from ..paging import Writes
 from ..routing import Slots, all_base, slot_ids
 from ..slots import SlotTable
+from ..writes import Writes
 from .banked import BankedModule
 from .module import DTSModule, Parameter, is_plain
 from .parameters import TELLS_NO_VALUES

@@ -114,6 +114,29 @@ def add_delta_(
         y.copy_(out)
 
 
+def embedding_delta(
+    ids: Tensor, layout: PageLayout, pages: Tensor, slot_pages: Tensor, slot_weights: Tensor, slot_ids: Tensor
+) -> Tensor:
+    """Rows of a table's delta, see `ops.embedding_delta`: a token is a row of U, and nothing is to be shrunk."""
+    m, length = ids.shape[0], slot_pages.shape[1]
+    out = torch.zeros(m, layout.k, dtype=torch.float32, device=ids.device)
+    if m == 0 or slot_pages.numel() == 0:
+        return out
+    listed = slot_pages[slot_ids.clamp_min(0)].clamp_min(0).long()  # [M, L]; unused entries have coefficients 0
+    largest = layout.v_levels(pages).abs().amax(1)[listed]  # the kernels' levels are shares of it
+    largest = torch.where(largest > 1e-37, largest, 1.0)
+    h = (layout.coefficients(ids, pages, slot_pages, slot_weights, slot_ids) * largest[..., None]).flatten(1)
+    config = choose(m, layout.k, layout.n, h.dtype, length, _capability(h), False)
+    with torch.cuda.device_of(h):
+        expand_kernel[triton.cdiv(layout.k, config.block_n), triton.cdiv(m, config.block_m)](
+            out, out.stride(0), *_views(pages, layout), slot_pages, slot_ids, h, m, layout.k, length,
+            layout.u_offset // 4,
+            TRANSPOSE=True, WIDE=True, PDL=False, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGES=config.pages,
+            num_warps=config.warps,
+        )  # fmt: skip
+    return out
+
+
 def _together(y, x, weight, bias, layout, pages, slot_pages, slot_weights, slot_ids, config) -> None:
     """Launch both in one."""
     (m, k), n, length = x.shape, y.shape[1], slot_pages.shape[1]
