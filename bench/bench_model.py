@@ -320,7 +320,7 @@ def main() -> None:
             names = [*names, LARGE]
         for name in names:
             in_part = options.device == "cpu" and name == LARGE  # its weights are more than a machine for benches has
-            plain, folder = base_model(name, options.device, distinct=in_part), Path(scratch) / name
+            plain, folder = base_model(name, options.device, distinct=int(in_part)), Path(scratch) / name
             file_bytes = {}
             for scope in SCOPES:
                 sizes = [write_adapter(folder / scope / str(i), plain, scope, SHARE, i) for i in range(FILES)]

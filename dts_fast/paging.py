@@ -16,12 +16,13 @@ _LIBRARY.define(
     "write_pages_(Tensor(a!)[] pages, Tensor[] u_codes, Tensor[] u_levels, Tensor[] s, Tensor[] v_codes, "
     "Tensor[] v_levels, int[] n, int[] k, int[] numbers) -> ()"
 )
-_LIBRARY.define("copy_pages_(Tensor(a!)[] pages, Tensor[] sources, int[] numbers) -> ()")
+_LISTS = "Tensor(a!)[] slot_pages, Tensor(b!)[] slot_weights, int[] rows, int[] counts, int[] numbers, float[] weights"
+# Each on CPUs, and to any other device.
+for _name in ("copy_pages_", "send_pages_"):
+    _LIBRARY.define(f"{_name}(Tensor(a!)[] pages, Tensor[] sources, int[] numbers) -> ()")
+for _name in ("write_lists_", "send_lists_"):
+    _LIBRARY.define(f"{_name}({_LISTS}) -> ()")
 _LIBRARY.define("write_vectors_(Tensor(a!)[] out, Tensor[] base, Tensor[] codes, Tensor[] levels) -> ()")
-_LIBRARY.define(
-    "write_lists_(Tensor(a!)[] slot_pages, Tensor(b!)[] slot_weights, int[] rows, int[] counts, int[] numbers, "
-    "float[] weights) -> ()"
-)
 
 
 def write_pages(writes: Sequence[tuple[Tensor, Sequence[int], LowRankDelta]]) -> None:
@@ -49,7 +50,8 @@ def copy_pages(copies: Sequence[tuple[Tensor, Sequence[int], Tensor]]) -> None:
         some = [copy for copy in copies if (copy[0].is_cpu and copy[2].is_cpu) == on_cpu]
         if some:
             arenas, numbers, sources = zip(*some, strict=True)
-            torch.ops.dts_fast.copy_pages_(arenas, sources, list(chain.from_iterable(numbers)))
+            run = torch.ops.dts_fast.copy_pages_ if on_cpu else torch.ops.dts_fast.send_pages_
+            run(arenas, sources, list(chain.from_iterable(numbers)))
 
 
 def takes_vector(out: Tensor, base: Tensor, delta: Delta) -> bool:
@@ -71,13 +73,12 @@ def write_any_vector(out: Tensor, base: Tensor, delta: Delta) -> None:
 
 
 def write_lists(lists: Sequence[tuple[Tensor, Tensor, int, Sequence[int], Tensor | float]]) -> None:
-    """Let rows of slots' lists on CPUs (``slot_pages [S, L]``, ``slot_weights``, a row) list pages and nothing else,
-    with one weight for all or one for each."""
+    """Let rows of slots' lists (``slot_pages [S, L]``, ``slot_weights``, a row; all on one device) list pages and
+    nothing else, with one weight for all or one for each; without waiting."""
     slot_pages, slot_weights, rows, numbers, weights = zip(*lists, strict=True)
     given = [0.0 if isinstance(weight, Tensor) else weight for weight in weights]
-    torch.ops.dts_fast.write_lists_(
-        slot_pages, slot_weights, rows, list(map(len, numbers)), list(chain.from_iterable(numbers)), given
-    )
+    run = torch.ops.dts_fast.write_lists_ if slot_pages[0].is_cpu else torch.ops.dts_fast.send_lists_
+    run(slot_pages, slot_weights, rows, list(map(len, numbers)), list(chain.from_iterable(numbers)), given)
     for table, row, weight in zip(slot_weights, rows, weights, strict=True):
         if isinstance(weight, Tensor):
             table[row, : len(weight)] = weight
@@ -123,7 +124,10 @@ def _write_lists_plain(slot_pages, slot_weights, rows, counts, numbers, weights)
 for _name, _plain in (
     ("write_pages_", _write_pages_plain),
     ("copy_pages_", _copy_pages_plain),
+    ("send_pages_", _copy_pages_plain),
     ("write_vectors_", _write_vectors_plain),
     ("write_lists_", _write_lists_plain),
+    ("send_lists_", _write_lists_plain),
 ):
-    _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dts_fast::{_name}", "CompositeExplicitAutograd"):
+        _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")

@@ -168,10 +168,7 @@ class Writes:
         lists, self._lists = self._lists, []
         # Last: until they stand, the rows are empty for whoever reads them.
         for some in _by_device(lists, [bank.tensors[1].device for bank, *_ in lists]):
-            if some[0][0].tensors[1].is_cpu:
-                write_lists([(*each[0].tensors[1:], *each[1:]) for each in some])
-            else:
-                send_lists(some)
+            write_lists([(*bank.tensors[1:], row, numbers, weights) for bank, row, numbers, weights in some])
 
     def _write_pages(self) -> None:
         gathered, self._pages, self._waiting = self._pages, [], 0
@@ -235,27 +232,3 @@ def send_vectors(vectors: Sequence[_Vector]) -> None:
     sent = deltas.to(device, non_blocking=True).split(sizes)
     wide = [v.base.to(torch.promote_types(v.base.dtype, torch.float32)) for v in vectors]
     torch._foreach_copy_([vector.out for vector in vectors], torch._foreach_add(wide, sent))
-
-
-def send_lists(lists: Sequence[Listing]) -> None:
-    """`write_lists` to banks on another device: all numbers in one copy, and what is left is the device's own."""
-    tensors = [bank.tensors for bank, *_ in lists]
-    length, on_gpu = max(slot_pages.shape[1] for _, slot_pages, _ in tensors), tensors[0][1].is_cuda
-    pages = torch.full((len(lists), length), -1, dtype=torch.int32, pin_memory=on_gpu)
-    weights = torch.zeros(len(lists), length, dtype=torch.float32, pin_memory=on_gpu)
-    for i, (_, _, numbers, own) in enumerate(lists):
-        pages.numpy()[i, : len(numbers)] = numbers
-        weights.numpy()[i, : len(numbers)] = 0 if isinstance(own, Tensor) else own
-    device = tensors[0][1].device
-    pages, weights = (t.to(device, non_blocking=True) for t in (pages, weights))
-    places, values = ([], []), ([], [])
-    for i, ((_, row, numbers, own), (_, slot_pages, slot_weights)) in enumerate(zip(lists, tensors, strict=True)):
-        count = len(numbers)
-        if count:
-            places[0].append(slot_weights[row, :count])
-            values[0].append(own if isinstance(own, Tensor) else weights[i, :count])
-        places[1].append(slot_pages[row])
-        values[1].append(pages[i, : slot_pages.shape[1]])
-    for place, value in zip(places, values, strict=True):  # the pages after their weights
-        if place:
-            torch._foreach_copy_(place, value)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dts_fast import bank as bank_module
+from dts_fast import paging
 from dts_fast.bank import Arena, Bank, give_back_memory
 from dts_fast.errors import CapacityError
-from dts_fast.writes import Writes, send_lists
+from dts_fast.writes import Writes
 
 
 def pages(count: int, value: int) -> torch.Tensor:
@@ -139,21 +140,22 @@ def test_replaced_arenas_are_given_back_once_they_are_worth_it(monkeypatch):
         assert len(trims) == (0 if slot < 11 else 1 if slot < 16 else 2 if slot < 20 else 3 if slot < 23 else 4), slot
 
 
-def test_lists_are_the_same_on_another_device():
-    """What is done for GPUs, on a CPU; and what is left to be written with others'."""
-    lists, banks = {1: [4, 2, 0], 3: [], 4: [5]}, []
-    for _ in range(3):
-        bank = Bank(128, 3, parts=2, arena=Arena(6, 3))
-        banks.append(bank)
-    own = torch.tensor([0.25, 2.0])
+def test_lists_are_the_same_however_they_are_written():
+    """At once, with others', in plain torch, and as to a GPU."""
+    lists, banks, own = {1: [4, 2, 0], 3: [], 4: [5]}, [], torch.tensor([0.25, 2.0])
+    for _ in range(4):
+        banks.append(Bank(128, 3, parts=2, arena=Arena(6, 3)))
+        banks[-1].slot_pages[3:] = 9  # what was there goes
     banks[0]._list(lists, 0.5)
-    banks[0]._list({0: [1, 3]}, own)
-    send_lists([*((banks[1], row, pages, 0.5) for row, pages in lists.items()), (banks[1], 0, [1, 3], own)])
     gathered = Writes()
-    banks[2]._list(lists, 0.5, gathered)
-    assert (banks[2].slot_pages == -1).all()
+    banks[1]._list(lists, 0.5, gathered)
+    assert (banks[1].slot_pages[:3] == -1).all()
     gathered.write()
-    banks[2]._list({0: [1, 3]}, own)
-    for bank in banks[1:]:
-        for tensor, others in zip(banks[0].tensors, bank.tensors, strict=True):
-            assert torch.equal(tensor, others)
+    rows, counts, numbers, weights = [1, 3, 4], [3, 0, 1], [4, 2, 0, 5], [0.5] * 3
+    for bank, write in ((banks[2], torch.ops.dts_fast.send_lists_), (banks[3], paging._write_lists_plain)):
+        write([bank.slot_pages] * 3, [bank.slot_weights] * 3, rows, counts, numbers, weights)
+    for bank in banks:
+        bank._list({0: [1, 3]}, own)
+        shown = [[page for page in row if page >= 0] for row in bank.slot_pages.tolist()]
+        assert shown == [[1, 3], [4, 2, 0], [], [], [5], [9] * 9]
+        assert bank.slot_weights[bank.slot_pages >= 0].tolist() == [0.25, 2.0, 0.5, 0.5, 0.5, 0.5, *[0.0] * 9]

@@ -223,7 +223,22 @@ TABLE, NUMBERS = torch.zeros(3, 4, dtype=torch.int32), torch.zeros(3, 4)
 CODES, PAGES = torch.zeros(3, dtype=torch.uint8), torch.zeros(3, 128, dtype=torch.uint8)
 
 
+@pytest.mark.parametrize(
+    "op", [torch.ops.dts_fast.copy_pages_, torch.ops.dts_fast.send_pages_, paging._copy_pages_plain]
+)
+def test_pages_are_copied_to_their_places(op):
+    """On a CPU, as to a GPU, and in plain torch; neighbours together, of several arenas."""
+    sources = [torch.randint(0, 255, (n, 128), dtype=torch.uint8) for n in (5, 0, 1)]
+    arenas = [torch.full((8, 128), 0xFF, dtype=torch.uint8) for _ in sources]
+    numbers = [[2, 3, 7, 0, 1], [], [6]]
+    op(arenas, sources, [number for own in numbers for number in own])
+    for arena, source, own in zip(arenas, sources, numbers, strict=True):
+        assert torch.equal(arena[own], source)
+        assert (arena[[i for i in range(8) if i not in own]] == 0xFF).all()
+
+
 @pytest.mark.skipif(native.MODULE is None, reason="no extension here")
+@pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize(
     ("op", "name", "arguments"),
     [
@@ -247,6 +262,9 @@ CODES, PAGES = torch.zeros(3, dtype=torch.uint8), torch.zeros(3, 128, dtype=torc
         ("write_lists_", "write_lists_", ([TABLE], [NUMBERS], [0], [2], [0, 1], [])),
     ],
 )
-def test_the_native_ops_refuse_what_does_not_fit(op, name, arguments):
+def test_the_native_ops_refuse_what_does_not_fit(op, name, arguments, other):
+    """Also those that write to other devices."""
+    if other:
+        op = {"copy_pages_": "send_pages_", "write_lists_": "send_lists_"}.get(op, op)
     with pytest.raises(ValueError, match=f"dts_fast: {name}: expected .*, got |dts_fast: {name}: expected lists"):
         getattr(torch.ops.dts_fast, op)(*arguments)

@@ -2,6 +2,8 @@
 // dts_fast/paging.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -182,7 +184,7 @@ void copy_pages(at::TensorList pages, at::TensorList sources, at::IntArrayRef nu
   int64_t total = 0;
   for_each_run(pages, sources, numbers,
                [&](const at::Tensor& arena, int64_t to, const at::Tensor& source, int64_t from, int64_t count) {
-                 expect(arena.is_cpu() && source.is_cpu(), "sources", source, "on the CPU, as pages");
+                 expect(arena.is_cpu() && source.is_cpu(), "sources", source, "on the CPU");
                  const int64_t nbytes = arena.size(1);
                  copies.push_back({arena.mutable_data_ptr<uint8_t>() + to * nbytes,
                                    source.const_data_ptr<uint8_t>() + from * nbytes, count * nbytes});
@@ -196,7 +198,7 @@ void copy_pages(at::TensorList pages, at::TensorList sources, at::IntArrayRef nu
   });
 }
 
-// To a GPU: torch's own copies, which know how long pinned memory is in use; from here, because an adapter has
+// To another device: torch's own copies, which know how long pinned memory is in use; from here, because an adapter has
 // hundreds.
 void send_pages(at::TensorList pages, at::TensorList sources, at::IntArrayRef numbers) {
   for_each_run(pages, sources, numbers,
@@ -205,30 +207,81 @@ void send_pages(at::TensorList pages, at::TensorList sources, at::IntArrayRef nu
                });
 }
 
-void write_lists(at::TensorList slot_pages, at::TensorList slot_weights, at::IntArrayRef rows, at::IntArrayRef counts,
-                 at::IntArrayRef numbers, at::ArrayRef<double> weights) {
+// Calls f(which list, its row's place among all of the table, its numbers, how many) for lists that fit.
+template <class F>
+void for_each_list(at::TensorList slot_pages, at::TensorList slot_weights, at::IntArrayRef rows, at::IntArrayRef counts,
+                   at::IntArrayRef numbers, at::ArrayRef<double> weights, const F& f) {
   const size_t lists = slot_pages.size();
   TORCH_CHECK_VALUE(
       slot_weights.size() == lists && rows.size() == lists && counts.size() == lists && weights.size() == lists,
       "dts_fast: write_lists_: expected lists of one length, that of slot_pages: ", lists, ".");
-  size_t listed = 0;
+  int64_t listed = 0;
   for (size_t i = 0; i < lists; ++i) {
-    const at::Tensor& pages = slot_pages[i];
-    expect(pages.scalar_type() == at::kInt && pages.dim() == 2 && pages.is_contiguous() && pages.is_cpu(), "slot_pages",
-           pages, "contiguous int32 [S, L]");
-    check(slot_weights[i], "slot_weights", at::kFloat, pages.sizes());
+    const at::Tensor &pages = slot_pages[i], &table = slot_weights[i];
+    expect(pages.scalar_type() == at::kInt && pages.dim() == 2 && pages.is_contiguous(), "slot_pages", pages,
+           "contiguous int32 [S, L]");
+    expect(table.scalar_type() == at::kFloat && table.sizes() == pages.sizes() && table.is_contiguous() &&
+               table.device() == pages.device(),
+           "slot_weights", table, "contiguous float32 ", pages.sizes(), " like slot_pages");
     const int64_t length = pages.size(1);
     TORCH_CHECK_VALUE(rows[i] >= 0 && rows[i] < pages.size(0) && counts[i] >= 0 && counts[i] <= length &&
-                          listed + counts[i] <= numbers.size(),
+                          listed + counts[i] <= static_cast<int64_t>(numbers.size()),
                       "dts_fast: write_lists_: expected rows below ", pages.size(0), " and at most ", length,
                       " pages in each, got row ", rows[i], " and ", counts[i], ".");
-    float* const weight = slot_weights[i].mutable_data_ptr<float>() + rows[i] * length;
-    int32_t* const page = pages.mutable_data_ptr<int32_t>() + rows[i] * length;
-    std::fill(weight, weight + counts[i], static_cast<float>(weights[i]));
-    std::copy(numbers.begin() + listed, numbers.begin() + listed + counts[i], page);
-    std::fill(page + counts[i], page + length, -1);
+    f(i, length, numbers.data() + listed);
     listed += counts[i];
   }
+}
+
+void write_lists(at::TensorList slot_pages, at::TensorList slot_weights, at::IntArrayRef rows, at::IntArrayRef counts,
+                 at::IntArrayRef numbers, at::ArrayRef<double> weights) {
+  for_each_list(slot_pages, slot_weights, rows, counts, numbers, weights,
+                [&](size_t i, int64_t length, const int64_t* own) {
+                  expect(slot_pages[i].is_cpu(), "slot_pages", slot_pages[i], "on the CPU");
+                  float* const weight = slot_weights[i].mutable_data_ptr<float>() + rows[i] * length;
+                  int32_t* const page = slot_pages[i].mutable_data_ptr<int32_t>() + rows[i] * length;
+                  std::fill(weight, weight + counts[i], static_cast<float>(weights[i]));
+                  std::copy(own, own + counts[i], page);
+                  std::fill(page + counts[i], page + length, -1);
+                });
+}
+
+// The same to another device: all numbers in one copy, and what is left is the device's own.
+void send_lists(at::TensorList slot_pages, at::TensorList slot_weights, at::IntArrayRef rows, at::IntArrayRef counts,
+                at::IntArrayRef numbers, at::ArrayRef<double> weights) {
+  if (slot_pages.empty()) return;
+  const at::Device device = slot_pages[0].device();
+  int64_t total = 0;
+  for_each_list(slot_pages, slot_weights, rows, counts, numbers, weights,
+                [&](size_t i, int64_t length, const int64_t*) {
+                  expect(slot_pages[i].device() == device, "slot_pages", slot_pages[i], "device ", device);
+                  total += length;
+                });
+  // Rows of pages, and behind them their weights.
+  const auto options = at::TensorOptions(at::kInt).pinned_memory(device.is_cuda());
+  const at::Tensor host = at::empty({2 * total}, options);
+  int32_t* page = host.mutable_data_ptr<int32_t>();
+  float* weight = reinterpret_cast<float*>(page + total);
+  for_each_list(slot_pages, slot_weights, rows, counts, numbers, weights,
+                [&](size_t i, int64_t length, const int64_t* own) {
+                  std::copy(own, own + counts[i], page);
+                  std::fill(page + counts[i], page + length, -1);
+                  std::fill(weight, weight + length, static_cast<float>(weights[i]));
+                  page += length, weight += length;
+                });
+  const at::Tensor sent = host.to(device, /*non_blocking=*/true);
+  std::vector<at::Tensor> to_pages, to_weights, from_pages, from_weights;
+  int64_t at = 0;
+  for (size_t i = 0; i < slot_pages.size(); ++i) {
+    const int64_t length = slot_pages[i].size(1);
+    to_pages.push_back(slot_pages[i].select(0, rows[i]));
+    to_weights.push_back(slot_weights[i].select(0, rows[i]));
+    from_pages.push_back(sent.narrow(0, at, length));
+    from_weights.push_back(sent.narrow(0, total + at, length).view(at::kFloat));
+    at += length;
+  }
+  at::_foreach_copy_(to_weights, from_weights);
+  at::_foreach_copy_(to_pages, from_pages);  // last: until they stand, the rows are empty for whoever reads them
 }
 
 }  // namespace
@@ -240,6 +293,9 @@ TORCH_LIBRARY_IMPL(dts_fast, CPU, m) {
   m.impl("write_lists_", &write_lists);
 }
 
-TORCH_LIBRARY_IMPL(dts_fast, CUDA, m) { m.impl("copy_pages_", &send_pages); }
+TORCH_LIBRARY_IMPL(dts_fast, CompositeExplicitAutograd, m) {
+  m.impl("send_pages_", &send_pages);
+  m.impl("send_lists_", &send_lists);
+}
 
 }  // namespace dts_fast::cpu
