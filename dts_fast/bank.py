@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -193,9 +192,13 @@ class Bank(nn.Module):
         self._make_room(most, new=total, reusable=len(self._only_in(listed)))
         if listed:
             self._empty(listed)
-        taken = iter(self._free[:total])
-        del self._free[:total]  # in place, as everywhere here: a module looks at what is set on it
-        return {row: list(islice(taken, count)) for row, count in counts.items() if count}
+        lists, at = {}, 0
+        for row, count in counts.items():
+            if count:
+                lists[row] = self._free[at : at + count]
+                at += count
+        del self._free[:at]  # in place, as everywhere here: a module looks at what is set on it
+        return lists
 
     def _untake(self, lists: Mapping[int, list[int]]) -> None:
         """Give pages back that no row lists yet."""
@@ -329,6 +332,8 @@ class Bank(nn.Module):
 
 def page_count(delta: LowRankDelta | DeltaSum) -> int:
     """How many pages a delta takes."""
+    if isinstance(delta, LowRankDelta):
+        return num_pages(delta.rank)
     return sum(num_pages(term.rank) for term in terms_of(delta))
 
 

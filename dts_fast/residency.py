@@ -47,10 +47,11 @@ class Residency:
 
     def clear(self, slot: int) -> None:
         """Empty a slot in all layers."""
-        for device in self._gpus():
+        gpus = self._gpus()
+        for device in gpus:
             torch.cuda.synchronize(device)  # calls that used it have ended, but their kernels may not have
         with ExitStack() as stack:  # all of them, whatever one raises
-            for device in self._gpus():  # last: loads run on streams that do not wait for this one
+            for device in gpus:  # last: loads run on streams that do not wait for this one
                 stack.callback(torch.cuda.current_stream(device).synchronize)
             writes = Writes()
             stack.callback(writes.write)
@@ -286,8 +287,7 @@ class Residency:
     def _gpus(self) -> set[torch.device]:
         if not torch.cuda.is_available() or not torch.cuda.is_initialized():
             return set()
-        wrappers = list(self.wrappers.values())
-        return {t.device for w in wrappers for t in (*w.parameters(), *w.buffers()) if t.is_cuda}
+        return {device for w in list(self.wrappers.values()) for device in _devices(w) if device.type == "cuda"}
 
     @contextmanager
     def _copying(self) -> Iterator[None]:
@@ -299,6 +299,17 @@ class Residency:
                 stack.callback(stream.synchronize)
                 stack.enter_context(torch.cuda.stream(stream))
             yield
+
+
+def _devices(wrapper: DTSModule) -> Iterable[torch.device]:
+    """Where a layer's tensors are. There are hundreds of layers, and a load takes milliseconds: one without parts is
+    where its first parameter is."""
+    layer = wrapper.base_layer
+    if not layer._modules:
+        for parameter in layer._parameters.values():
+            if parameter is not None:
+                return (parameter.device,)
+    return {t.device for t in (*wrapper.parameters(), *wrapper.buffers())}
 
 
 def _has_numbers(parameters: Mapping[str, Parameter]) -> bool:

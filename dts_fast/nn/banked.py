@@ -176,6 +176,7 @@ def _divided(parameters: Mapping[str, Parameter]) -> tuple[dict[str, Parameter],
 
 def _are_deltas(parameters: Mapping[str, Parameter]) -> bool:
     """Whether the bank and the table can hold them: a matrix and a vector."""
-    return all(
-        not isinstance(p, Tensor) and name == ("weight" if is_matrix(p) else "bias") for name, p in parameters.items()
-    )
+    for name, p in parameters.items():
+        if isinstance(p, Tensor) or name != ("weight" if is_matrix(p) else "bias"):
+            return False
+    return True
