@@ -12,8 +12,9 @@ from torch import Tensor
 from .codes import CodedVector, Delta, DeltaSum, LowRankDelta, num_pages, terms_of, to_pages
 from .paging import copy_pages, write_lists, write_pages, write_vectors
 
-# Bytes of pages that are on their way to a GPU while the next ones are written.
-_STAGED = 32 << 20
+# Bytes of pages that are on their way to a GPU while the next ones are written: at most, and at least where there are
+# as many.
+_STAGED, _LEAST_STAGED = 32 << 20, 1 << 20
 
 
 class HasPages(Protocol):
@@ -46,10 +47,12 @@ class Kept:
     def is_whole(self) -> bool:
         return self.nbytes <= self._most
 
-    def put(self, place: int, bank: HasPages, pages: Tensor) -> None:
-        self.nbytes += pages.nbytes
+    def put(self, buffer: Tensor, pages: Iterable[tuple[int, HasPages, Tensor]]) -> None:
+        """Keep a buffer with what is in it: place, bank and pages."""
+        # Pinned memory is given out in powers of two.
+        self.nbytes += 1 << (buffer.nbytes - 1).bit_length() if buffer.is_pinned() else buffer.nbytes
         if self.is_whole:
-            self._blocks[place] = bank, pages
+            self._blocks.update((place, (bank, own)) for place, bank, own in pages)
         else:
             self._blocks.clear()
 
@@ -113,14 +116,14 @@ class Writes:
         self._vectors: list[_Vector] = []
         self._row_copies: tuple[list[Tensor], list[Tensor]] = [], []
         self._lists: list[Listing] = []
-        self._seen: dict[tuple[int, int], list[int]] = {}
+        self._seen: dict[tuple[int, int], list[Delta]] = {}
         self._copies: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def is_first(self, bank: HasPages, slot: int, deltas: Iterable[Delta]) -> bool:
         """Whether these deltas were not asked about before, for this slot of this bank."""
-        key, now = (id(bank), slot), list(map(id, deltas))
+        key, now = (id(bank), slot), list(deltas)  # kept: what is no more may share its id with what comes
         before, self._seen[key] = self._seen.get(key), now
-        return before != now
+        return before is None or list(map(id, before)) != list(map(id, now))
 
     @torch.inference_mode(False)
     def copy_of(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -207,15 +210,18 @@ def send_pages(writes: Sequence[_Pages], keeping: Kept | None = None) -> None:
         write_pages([(part, range(len(part)), each.source) for part, each in zip(parts, some, strict=True)])
         copy_pages([(each.arena, each.numbers, part) for part, each in zip(parts, some, strict=True)])
         if keeping is not None:
-            for part, each in zip(parts, some, strict=True):
-                keeping.put(each.place, each.bank, part)
+            keeping.put(buffer, [(each.place, each.bank, part) for part, each in zip(parts, some, strict=True)])
 
 
-def _in_parts(writes: Iterable[_Pages]) -> Iterator[list[_Pages]]:
+def _in_parts(writes: Sequence[_Pages]) -> Iterator[list[_Pages]]:
+    """Parts of which each is just below a power of two: in such sizes pinned memory is given out."""
+    left = sum(write.nbytes for write in writes)
     part, size = [], 0
     for write in writes:
-        if part and size + write.nbytes > _STAGED:  # not one byte more: pinned memory comes in powers of two
+        limit = min(_STAGED, max(_LEAST_STAGED, 1 << max(left.bit_length() - 1, 0)))
+        if part and size + write.nbytes > limit:
             yield part
+            left -= size
             part, size = [], 0
         part.append(write)
         size += write.nbytes

@@ -36,6 +36,8 @@ def test_cpu_features_agree_with_the_operating_system():
 def test_build_info():
     info = native.MODULE.build_info()
     assert info["cuda"] is torch._C._dispatch_has_kernel_for_dispatch_key("dts_fast::decode_", "CUDA")
+    for op in ("linear", "add_delta_", "embedding_delta", "linear_otherwise", "add_delta_otherwise_"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dts_fast::{op}", "CUDA"), op
     assert info["cplusplus"] >= 201703
     assert info["torch"]
 

@@ -66,6 +66,7 @@ def test_deltas_of_many_banks_are_written_together():
 def test_pages_for_another_device_go_there_in_parts(monkeypatch, staged):
     """What is done for GPUs, on a CPU."""
     monkeypatch.setattr(writes, "_STAGED", staged)
+    monkeypatch.setattr(writes, "_LEAST_STAGED", min(staged, 1 << 20))
     deltas = [delta_of(70, 33, rank) for rank in (0, 20, 1, 50)]
     banks = [bank_of(torch.zeros(5, PageLayout(70, 33).nbytes, dtype=torch.uint8)) for _ in deltas]
     numbers = [[], [3, 4], [0], [0, 2, 3, 4]]
@@ -81,6 +82,7 @@ def bank_of(arena: torch.Tensor) -> SimpleNamespace:
 @pytest.mark.parametrize("staged", [1, 1000, 1 << 30])
 def test_pages_that_were_kept_are_written_again(monkeypatch, staged):
     monkeypatch.setattr(writes, "_STAGED", staged)
+    monkeypatch.setattr(writes, "_LEAST_STAGED", min(staged, 1 << 20))
     deltas = [delta_of(70, 33, 20), delta_of(70, 33, 0), DeltaSum((delta_of(5, 9, 3), delta_of(5, 9, 17)))]
     shapes = [(70, 33), (70, 33), (5, 9)]
     banks = [bank_of(torch.zeros(6, PageLayout(*shape).nbytes, dtype=torch.uint8)) for shape in shapes]
@@ -106,6 +108,19 @@ def test_pages_that_were_kept_are_written_again(monkeypatch, staged):
     for other in (bank_of(banks[0].tensors[0]), banks[2]):
         with pytest.raises(NotKeptError):
             Writes(kept=keeping).add_pages(other, [0, 1], deltas[0])
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 0], [5], [70] * 3, [1] * 40, [3, 9, 2, 30, 1, 1, 1, 17, 64]])
+def test_parts_fill_powers_of_two(monkeypatch, sizes):
+    monkeypatch.setattr(writes, "_STAGED", 64)
+    monkeypatch.setattr(writes, "_LEAST_STAGED", 4)
+    bank = SimpleNamespace(page_nbytes=1)
+    pages = [writes._Pages(bank, range(size), None, i) for i, size in enumerate(sizes)]
+    parts = list(writes._in_parts(pages))
+    assert [page for part in parts for page in part] == pages
+    assert all(len(part) == 1 or sum(page.nbytes for page in part) <= 64 for part in parts)
+    if sizes == [1] * 40:
+        assert [len(part) for part in parts] == [32, 8]
 
 
 def test_more_pages_than_may_be_kept_are_not():
