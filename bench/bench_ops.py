@@ -35,6 +35,7 @@ from dts_fast.benchmark import (
 )
 from dts_fast.codes import PageLayout, to_pages
 from dts_fast.hardware import header
+from dts_fast.routing import Lease
 from dts_fast.slots import SlotTable
 from dts_fast.timing import Roofline, dtype_name, measure_roofline
 
@@ -156,7 +157,42 @@ def decoding(seconds: float = 1.0) -> Iterator[dict[str, object]]:
         torch.set_num_threads(threads)
 
 
-QUESTIONS = {"cpu": ("single", "mixed", "base", "switch", "decode"), "cuda": ("single", "mixed", "rank", "base")}
+@torch.inference_mode()
+def calls(device: str, count: int = 2000) -> Iterator[dict[str, object]]:
+    """Microseconds of a call of a layer that has next to nothing to do, as a model calls it: of a CPU all that is not
+    the product, of a GPU what its host needs to launch one without a graph."""
+    base = nn.Linear(16, 16, bias=False, dtype=torch.bfloat16, device=device).requires_grad_(False)
+    layer = DTSLinear(base)
+    for name in "abcdefgh":
+        layer.load_adapter(name, random_delta(16, 16, 16))
+    for rows, names in ((1, "a"), (64, "abcdefgh" * 8)):
+        x = torch.randn(rows, 1, 16, dtype=torch.bfloat16, device=device)
+        given = list(names) if rows > 1 else names
+        lease = Lease(layer.slots, {name: layer.slots.slot(name) for name in names}, x.device)
+        candidates = {"nn.Linear": base, "DTSLinear": layer}
+        times: dict[str, list[float]] = {name: [] for name in candidates}
+        with route(given, lease=lease, rows=rows):
+            for _ in range(11):
+                for name, run in candidates.items():
+                    run(x)
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    for _ in range(count):
+                        run(x)
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    times[name].append(1e6 * (time.perf_counter() - start) / count)
+        yield {
+            "question": "call", "key": f"call {rows}", "rows": rows, "adapters": len(lease.slots),
+            **{f"{name}_us": round(median(own), 2) for name, own in times.items()},
+        }  # fmt: skip
+
+
+QUESTIONS = {
+    "cpu": ("single", "mixed", "base", "switch", "decode", "call"),
+    "cuda": ("single", "mixed", "rank", "base", "call"),
+}
 
 
 def run(
@@ -168,6 +204,9 @@ def run(
         return
     if question == "decode":
         yield from (row for row in decoding() if row["key"] not in done)
+        return
+    if question == "call":
+        yield from (row for row in calls(device) if row["key"] not in done)
         return
     for model, layer, case in cases(question, device):
         key = f"{question} {model} {layer} {case}"
