@@ -335,6 +335,20 @@ def loads() -> str:
     return "\n".join(out)
 
 
+def calls() -> str:
+    """What a call of a layer takes besides its product."""
+    head, rows = _read("calls.jsonl")
+    times = [
+        f"{row['DTSLinear_us']:.0f} microseconds for {row['rows']} row{'s' if row['rows'] > 1 else ''} of "
+        f"{row['adapters']} adapter{'s' if row['adapters'] > 1 else ''} (`nn.Linear`: {row['nn.Linear_us']:.0f})"
+        for row in rows
+    ]
+    return (
+        f"A call of a layer [16, 16], which has next to nothing to do: {', '.join(times)}. ({hardware(head['header'])}; "
+        "[bench/results/calls.jsonl](bench/results/calls.jsonl))"
+    )
+
+
 def mixed(file: str) -> str:
     """32 rows that use several adapters, over the bare linear and over PEFT's mixed batch."""
     head, rows = _read(file)
@@ -449,6 +463,7 @@ BLOCKS = {
         "pairs": pairs,
         **{f"model, {cpu}": partial(model, file) for file, cpu in _MODEL.items()},
         "loads": loads,
+        "calls": calls,
         **{f"mixed, {cpu}": partial(mixed, file) for cpu, file in _OPS.items()},
     },
     "docs/kernels.md": {"floors": floors, "machine-code": machine_code},
