@@ -344,8 +344,8 @@ def calls() -> str:
         for row in rows
     ]
     return (
-        f"A call of a layer [16, 16], which has next to nothing to do: {', '.join(times)}. ({hardware(head['header'])}; "
-        "[bench/results/calls.jsonl](bench/results/calls.jsonl))"
+        f"A call of a layer [16, 16], which has next to nothing to do: {', '.join(times)}. "
+        f"({hardware(head['header'])}; [bench/results/calls.jsonl](bench/results/calls.jsonl))"
     )
 
 
