@@ -2,11 +2,11 @@
 
     python bench/soak.py [--minutes 10] [--threads 4] [--seed 0] [--out bench/results/soak.jsonl]
 
-A small Llama with more adapters than slots and pages (eviction="lru"). Each thread does at random what users' threads
-do: forward passes of mixed batches, greedy generation, loads under names of its own, replacements by other versions,
-deletions, pins, mixtures. Every row is compared with the dense model of its adapter, as `transformers` computes it; the
-memory of the process must not grow between the first fifth and the end; a thread that makes no step for a minute counts
-as a deadlock. Ends with 1 where anything of this went wrong.
+A small Llama with more adapters than slots and pages (eviction="lru"), half of which fit into host memory. Each thread
+does at random what users' threads do: forward passes of mixed batches, greedy generation, loads under names of its own,
+replacements by other versions, deletions, pins, mixtures. Every row is compared with the dense model of its adapter, as
+`transformers` computes it; the memory of the process must not grow between the first fifth and the end; a thread that
+makes no step for a minute counts as a deadlock. Ends with 1 where anything of this went wrong.
 """
 
 from __future__ import annotations
@@ -78,10 +78,12 @@ class Soak:
         self.truth, self.seed = truth, seed
         one = DTSModel(make_model_from(truth.folder / "base"))
         one.load_adapter(truth.folder / "2", "2")
-        nbytes = SLOTS * one.memory_report()["adapters"]["2"]
+        nbytes = one.memory_report()["adapters"]["2"]
+        # Half of the adapters come back from host memory, the others from their files.
         self.model = DTSModel(
-            make_model_from(truth.folder / "base"), max_adapters=SLOTS, max_bytes=nbytes, eviction="lru"
-        )
+            make_model_from(truth.folder / "base"), max_adapters=SLOTS, max_bytes=SLOTS * nbytes, eviction="lru",
+            host_bytes=ADAPTERS * nbytes // 2,
+        )  # fmt: skip
         # The largest first: it divides the memory among the layers.
         for i in (2, *(i for i in range(ADAPTERS) if i != 2)):
             self.model.load_adapter(truth.folder / str(i), str(i))
@@ -211,7 +213,8 @@ def main() -> int:
             soak.problems.append("slots are still leased, reserved or retired at the end")
     result = {
         "question": "soak", "minutes": round((time.monotonic() - begin) / 60, 2), "threads": options.threads,
-        "seed": options.seed, "adapters": ADAPTERS, "slots": SLOTS, "actions": dict(soak.counts),
+        "seed": options.seed, "adapters": ADAPTERS, "slots": SLOTS, "cache": soak.model.cache_info()._asdict(),
+        "host_bytes": soak.model.memory_report()["host"], "actions": dict(soak.counts),
         "grown_bytes": grown, "problems": soak.problems[:20],
     }  # fmt: skip
     options.out.write_text("".join(json.dumps(row) + "\n" for row in ({"header": header()}, result)), encoding="utf-8")
