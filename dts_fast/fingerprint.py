@@ -121,10 +121,9 @@ class Elements(Protocol):
 
 def sample(parameter: Tensor | Elements, count: int) -> Tensor:
     """``count`` elements at fixed positions spread over a parameter, where and as it has them."""
-    positions = _positions(parameter.numel(), count)
     if not isinstance(parameter, Tensor):
-        return parameter.elements(positions)
-    positions = positions.to(parameter.device)
+        return parameter.elements(_positions(parameter.numel(), count, torch.device("cpu")))
+    positions = _positions(parameter.numel(), count, parameter.device)
     if parameter.element_size() == 1 or type(parameter) not in (Tensor, torch.nn.Parameter):  # have few operations
         return parameter.detach().reshape(-1).index_select(0, positions)
     return torch.take(parameter, positions)
@@ -138,8 +137,9 @@ def _together(samples: Sequence[Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _positions(numel: int, count: int) -> Tensor:
-    return torch.tensor(_POSITIONS[:count]) * numel // (2 * len(_POSITIONS))
+def _positions(numel: int, count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # others may ask in other modes
+        return (torch.tensor(_POSITIONS[:count]) * numel // (2 * len(_POSITIONS))).to(device)
 
 
 def _encode(samples: Sequence[Tensor]) -> str:
