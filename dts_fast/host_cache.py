@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .codes import is_matrix, sizes_of
+from .codes import is_matrix, sizes_of, terms_of
 from .nn import DTSModule
 from .nn.module import Parameter
 from .writes import Kept
@@ -46,7 +46,11 @@ class Ready:
     @property
     def nbytes(self) -> int:
         held = {id(p): p for _, own in self.parts for p in own.values()}.values()
-        return self.kept.nbytes + sum(p.nbytes for p in held if isinstance(p, Tensor) or not is_matrix(p))
+        return self.kept.nbytes + sum(p.nbytes for p in held if not _is_sizes_alone(p))
+
+
+def _is_sizes_alone(parameter: Parameter) -> bool:
+    return not isinstance(parameter, Tensor) and is_matrix(parameter) and terms_of(parameter)[0].s.is_meta
 
 
 class HostCache:

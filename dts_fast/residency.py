@@ -85,10 +85,14 @@ class Residency:
                 thread's is one. Nothing is changed.
         """
 
+        ready: list[Ready] = []
+
         def fits(without: list[int]) -> bool:
             return all(wrapper.fits(parameters, without) for wrapper, parameters in parts)
 
         def write(slot: int) -> None:
+            if kept is not None and not self._has_all(wrapper for wrapper, _ in parts):
+                raise NotKeptError  # a layer was unwrapped, and perhaps wrapped anew
             keeping = Kept(self.host.most) if self.host.most and kept is None else None
             writes = Writes(keeping, kept)
             for wrapper, parameters in parts:
@@ -96,9 +100,14 @@ class Residency:
                 if kept is not None and slot in wrapper.stored and not _has_numbers(wrapper.stored[slot]):
                     raise NotKeptError
             writes.write()
-            publish()
             if keeping is not None:
-                self.host.put(name, Ready.of(slot, parts, keeping))
+                ready.append(Ready.of(slot, parts, keeping))
+                self.host.drop(name)  # what is published next is another version
+            publish()
+
+        def occupied() -> None:
+            for each in ready:
+                self.host.put(name, each)
 
         def where() -> str:
             """The first layer that has too little room for it alone."""
@@ -106,7 +115,7 @@ class Residency:
             tight = next((wrapper for wrapper, parameters in parts if not wrapper.fits(parameters, every)), None)
             return next((path for path, wrapper in self.wrappers.items() if wrapper is tight), "some layer")
 
-        self._fill(name, write, fits, where=where, replace=replace, keep=keep, wanted=wanted)
+        self._fill(name, write, fits, where=where, replace=replace, keep=keep, wanted=wanted, occupied=occupied)
 
     def load_ready(self, name: str, keep: Collection[str], wanted: Callable[[], bool]) -> bool:
         """`load` of an adapter that was evicted, from host memory; False where it is not there."""
@@ -213,6 +222,7 @@ class Residency:
         pinned: bool = False,
         wanted: Callable[[], bool] = lambda: True,
         written: Callable[[], bool] = lambda: True,
+        occupied: Callable[[], None] = lambda: None,
     ) -> None:
         while True:
             version = self.table.version
@@ -236,6 +246,7 @@ class Residency:
                                 self.table.cancel(slot)
                     if done:
                         self.table.occupy(name, slot, self.clear, pinned=pinned)
+                        occupied()
                         give_back_memory()
                     return
             if self.table.leased_here:
@@ -283,6 +294,10 @@ class Residency:
             f"{', whatever is evicted' if self.evicts else ''}: in use are {', '.join(table.resident) or 'none'}. "
             "Delete or unpin some, or construct with a larger capacity."
         )
+
+    def _has_all(self, wrappers: Iterable[DTSModule]) -> bool:
+        own = set(map(id, self.wrappers.values()))
+        return all(id(wrapper) in own for wrapper in wrappers)
 
     def _gpus(self) -> set[torch.device]:
         if not torch.cuda.is_available() or not torch.cuda.is_initialized():

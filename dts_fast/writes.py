@@ -64,7 +64,7 @@ class Kept:
         """The pages that were put there.
 
         Raises:
-            NotKeptError: they were for another bank: layers were wrapped or untied since.
+            NotKeptError: they were for another bank: layers were untied since.
         """
         owner, pages = self._blocks.get(place, (None, None))
         if owner is not bank or pages.shape[0] != count:

@@ -150,7 +150,6 @@ def test_a_layer_that_needs_numbers_gets_the_file(folder, expected, opened, monk
     for name in "ab":
         model.load_adapter(folder / name, name)
     wrapper = model._wrappers["first"]
-    monkeypatch.setattr(type(wrapper), "load_slot", lambda self, *args: super(type(wrapper), self).load_slot(*args))
     general = type(wrapper).__mro__[2].load_slot
     monkeypatch.setattr(wrapper, "load_slot", lambda *args: general(wrapper, *args), raising=False)
     for name in "aba":
@@ -167,12 +166,38 @@ def test_a_load_that_fails_leaves_what_is_kept(folder, expected, opened, monkeyp
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr(last, "load_slot", fail, raising=False)
-    with pytest.raises(MemoryError):
-        model(IDS, adapter_names="a")
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "load_slot", fail, raising=False)
+        with pytest.raises(MemoryError):
+            model(IDS, adapter_names="a")
     assert model.resident_adapters == []
-    monkeypatch.undo()
     check(model, expected, "b", "a")
+    assert opened == ["a", "b"]
+
+
+def test_layers_that_were_unwrapped_meanwhile_get_the_file(folder, expected, opened):
+    model = make_model(folder, 1 << 20)
+    for name in "ab":
+        model.load_adapter(folder / name, name)
+    model.slots.evict("b", model._residency.clear)
+    path = "first"
+    model._live.put(path, model._wrappers.pop(path).bare_layer())
+    check(model, expected, "a", "b", "a")
+    assert opened == ["a", "b", "a", "b"]
+
+
+def test_matrices_of_layers_that_hold_them_whole_count(folder, monkeypatch):
+    model = make_model(folder, 1 << 20)
+    model.load_adapter(folder / "a", "a")
+    before = model.memory_report()["host"]
+    model.delete_adapter("a")
+    wrapper = model._wrappers["first"]
+    general = type(wrapper).__mro__[2].load_slot
+    monkeypatch.setattr(wrapper, "load_slot", lambda *args: general(wrapper, *args), raising=False)
+    model.load_adapter(folder / "a", "a")
+    weight = wrapper.stored[model.slots.slot("a")]["weight"]
+    pages = len(wrapper.bank.pages) * wrapper.bank.page_nbytes
+    assert model.memory_report()["host"] == before - pages + weight.nbytes
 
 
 def test_sizes_alone_are_not_numbers(folder):

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -190,7 +191,7 @@ void copy_pages(at::TensorList pages, at::TensorList sources, at::IntArrayRef nu
                                    source.const_data_ptr<uint8_t>() + from * nbytes, count * nbytes});
                  total += count * nbytes;
                });
-  if (copies.empty()) return;
+  if (total == 0) return;
   // What is worth waking a thread for: about 1 MiB, some 80 microseconds.
   const int64_t count = static_cast<int64_t>(copies.size()), grain = std::max<int64_t>(1, (1 << 20) * count / total);
   at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
@@ -228,16 +229,26 @@ void for_each_list(at::TensorList slot_pages, at::TensorList slot_weights, at::I
                           listed + counts[i] <= static_cast<int64_t>(numbers.size()),
                       "dts_fast: write_lists_: expected rows below ", pages.size(0), " and at most ", length,
                       " pages in each, got row ", rows[i], " and ", counts[i], ".");
-    f(i, length, numbers.data() + listed);
+    const int64_t* const own = numbers.data() + listed;
+    for (int64_t page = 0; page < counts[i]; ++page) {
+      TORCH_CHECK_VALUE(own[page] >= 0 && own[page] <= std::numeric_limits<int32_t>::max(),
+                        "dts_fast: numbers: expected pages from 0 on, in 32 bits, got ", own[page], ".");
+    }
+    f(i, length, own);
     listed += counts[i];
   }
+  TORCH_CHECK_VALUE(listed == static_cast<int64_t>(numbers.size()), "dts_fast: numbers: expected ", listed,
+                    ", one for each page, got ", numbers.size(), ".");
 }
 
 void write_lists(at::TensorList slot_pages, at::TensorList slot_weights, at::IntArrayRef rows, at::IntArrayRef counts,
                  at::IntArrayRef numbers, at::ArrayRef<double> weights) {
+  // All are checked before any is written.
+  for_each_list(slot_pages, slot_weights, rows, counts, numbers, weights, [&](size_t i, int64_t, const int64_t*) {
+    expect(slot_pages[i].is_cpu(), "slot_pages", slot_pages[i], "on the CPU");
+  });
   for_each_list(slot_pages, slot_weights, rows, counts, numbers, weights,
                 [&](size_t i, int64_t length, const int64_t* own) {
-                  expect(slot_pages[i].is_cpu(), "slot_pages", slot_pages[i], "on the CPU");
                   float* const weight = slot_weights[i].mutable_data_ptr<float>() + rows[i] * length;
                   int32_t* const page = slot_pages[i].mutable_data_ptr<int32_t>() + rows[i] * length;
                   std::fill(weight, weight + counts[i], static_cast<float>(weights[i]));

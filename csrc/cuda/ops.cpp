@@ -97,7 +97,10 @@ bool runs_on(int device) {
   if (device < 0 || device >= kMostDevices) return false;
   if (!known[device]) {
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-    known[device] = decode_runs() == 0 ? 1 : -1;
+    const int error = decode_runs();
+    const bool never = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+    if (error && !never) return false;  // memory is short, say: asked again
+    known[device] = error ? -1 : 1;
   }
   return known[device] > 0;
 }
