@@ -83,7 +83,9 @@ inline void check_bias(const at::Tensor& x, const std::optional<at::Tensor>& bia
   expect(bias->device() == x.device(), "bias", *bias, "device ", x.device(), " like x");
 }
 
-inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         const at::Tensor& pages, const at::Tensor& slot_pages, const at::Tensor& slot_weights,
+                         const at::Tensor& slot_ids) {
   expect(weight.dim() == 2, "weight", weight, "[N, K]");
   expect(weight.scalar_type() == x.scalar_type(), "weight", weight, "dtype of x, ", dtype_text(x.scalar_type()),
          " (or convert x)");
@@ -91,6 +93,7 @@ inline void check_linear(const at::Tensor& x, const at::Tensor& weight, const st
   const int64_t n = weight.size(0), k = weight.size(1);
   expect(x.dim() == 2 && x.size(1) == k, "x", x, "[M, ", k, "] for weight ", weight.sizes());
   check_bias(x, bias, n);
+  check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids);
 }
 
 // A weight [n, K] in panels of `panel` outputs (dts_fast/packing.py).
@@ -105,11 +108,15 @@ inline void check_packed_linear(const at::Tensor& x, const at::Tensor& weight, c
   check_bias(x, bias, n);
 }
 
-inline void check_add_delta(const at::Tensor& y, const at::Tensor& x) {
+inline void check_add_delta(const at::Tensor& y, const at::Tensor& x, const at::Tensor& pages,
+                            const at::Tensor& slot_pages, const at::Tensor& slot_weights, const at::Tensor& slot_ids,
+                            bool transpose) {
   expect(x.dim() == 2, "x", x, "[M, K]");
   expect(y.dim() == 2 && y.size(0) == x.size(0), "y", y, "[", x.size(0), ", N] for x ", x.sizes());
   expect(y.scalar_type() == x.scalar_type(), "y", y, "dtype of x, ", dtype_text(x.scalar_type()), " (or convert x)");
   expect(y.device() == x.device(), "y", y, "device ", x.device(), " like x");
+  const int64_t n = transpose ? x.size(1) : y.size(1), k = transpose ? y.size(1) : x.size(1);
+  check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids);
 }
 
 }  // namespace dts_fast

@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 from torch import Tensor, nn
@@ -247,11 +247,15 @@ class Bank(nn.Module):
         own = writes or Writes()
         for row in rows:
             own.add_list(self, row, [], 0.0)
+        own.add_end(partial(self._release, rows))  # pages that a list still names must not become another adapter's
         if writes is None:
             own.write()
+
+    def _release(self, rows: Sequence[int]) -> None:
+        """Free the pages of rows whose lists are empty by now."""
         freed = []
         for row in rows:
-            for page in self._listed.pop(row):
+            for page in self._listed.pop(row, ()):
                 left = self._users.pop(page, 1) - 1
                 if left:
                     self._users[page] = left
@@ -391,10 +395,10 @@ class VectorTable(nn.Module):
 
     @_outside_inference_mode
     def evict(self, slot: int, writes: Writes | None = None) -> None:
-        if self.deltas.pop(slot, None) is None:
+        if slot not in self.deltas:
             return
-        values = self._buffers["values"]
+        values, own = self._buffers["values"], writes or Writes()
+        own.add_copy(values.select(0, slot), values.select(0, -1))
+        own.add_end(partial(self.deltas.pop, slot, None))
         if writes is None:
-            values[slot] = values[-1]
-        else:
-            writes.add_copy(values.select(0, slot), values.select(0, -1))
+            own.write()

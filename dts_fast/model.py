@@ -55,7 +55,8 @@ class DTSModel(nn.Module):
             call that uses it loads it again. None refuses the load.
         host_bytes: of host memory (pinned where the model is on a GPU) in which adapters stay ready after their
             eviction: to come back they are copied, and neither read from their files nor rearranged. Worth it where
-            the device has less memory to spare than the host; on a CPU a larger ``max_adapters`` does more.
+            the device has less memory to spare than the host; on a CPU a larger ``max_adapters`` does more. What is
+            pinned and not needed any more torch keeps for later, beyond these bytes.
         prepack: keep the weights of the linear layers that adapters change in the order in which the CPU kernels read
             them, see `DTSLinear`; tied ones stay as they are. Nothing of the caller's may hold those parameters.
     """

@@ -44,9 +44,11 @@ class Residency:
     ) -> None:
         self.table, self.wrappers, self.evicts, self.has_file = table, wrappers, evicts, has_file
         self.host = HostCache(host_bytes)
+        self._unclean: set[int] = set()  # free slots whose `clear` has not ended well
 
     def clear(self, slot: int) -> None:
         """Empty a slot in all layers."""
+        self._unclean.add(slot)
         gpus = self._gpus()
         for device in gpus:
             torch.cuda.synchronize(device)  # calls that used it have ended, but their kernels may not have
@@ -57,6 +59,7 @@ class Residency:
             stack.callback(writes.write)
             for wrapper in list(self.wrappers.values()):
                 stack.callback(wrapper.clear_slot, slot, writes)
+        self._unclean.discard(slot)
 
     def load(
         self,
@@ -231,6 +234,8 @@ class Residency:
                     return
                 if not replace:
                     self.table.check_new(name)
+                for unclean in sorted(self._unclean):  # layers that this adapter does not change would keep the old one
+                    self.clear(unclean)
                 slot = self._room(name, keep, fits, where)
                 if slot is not None:
                     done = False

@@ -3,7 +3,7 @@ most matrices of an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -116,6 +116,7 @@ class Writes:
         self._vectors: list[_Vector] = []
         self._row_copies: tuple[list[Tensor], list[Tensor]] = [], []
         self._lists: list[Listing] = []
+        self._ends: list[Callable[[], object]] = []
         self._seen: dict[tuple[int, int], list[Delta]] = {}
         self._copies: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -159,6 +160,10 @@ class Writes:
         """Let `write` write a list to a bank; -1 ends it."""
         self._lists.append((bank, row, numbers, weights))
 
+    def add_end(self, end: Callable[[], object]) -> None:
+        """Let `write` call something when all is written, and not where that fails."""
+        self._ends.append(end)
+
     def write(self) -> None:
         """Write what was gathered; to GPUs on their current streams, without waiting."""
         self._write_pages()
@@ -172,6 +177,9 @@ class Writes:
         # Last: until they stand, the rows are empty for whoever reads them.
         for some in _by_device(lists, [bank.tensors[1].device for bank, *_ in lists]):
             write_lists([(*bank.tensors[1:], row, numbers, weights) for bank, row, numbers, weights in some])
+        ends, self._ends = self._ends, []
+        for end in ends:
+            end()
 
     def _write_pages(self) -> None:
         gathered, self._pages, self._waiting = self._pages, [], 0

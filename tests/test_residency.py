@@ -479,7 +479,7 @@ def test_a_load_that_fails_while_pages_are_written_loses_none(folder, expected, 
 
     def fail(*args):
         calls.append(args)
-        if fails == "write" or len(calls) == 2:
+        if len(calls) == (2 if fails == "add_pages" else 1):
             raise MemoryError
         return original(*args)
 
@@ -490,6 +490,32 @@ def test_a_load_that_fails_while_pages_are_written_loses_none(folder, expected, 
     assert contents(model) == before
     model.load_adapter(folder / "b", "b")
     check(model, expected, "a", "b")
+
+
+def test_an_eviction_that_fails_leaves_nothing_of_its_adapter_to_the_next(folder, expected, monkeypatch):
+    """Neither in the slot, for layers that the next one does not change, nor pages that others get."""
+    model = make_model(folder, max_adapters=2)
+    model.load_adapter(folder / "a", "a")
+
+    def fail(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dts_fast.writes.write_lists", fail)
+        with pytest.raises(MemoryError):
+            model.delete_adapter("a")
+        with pytest.raises(MemoryError):
+            model.load_adapter(folder / "b", "b")
+    assert model.adapter_names == []
+    for name in "bc":
+        model.load_adapter(folder / name, name)
+    check(model, expected, "b", "c")
+    slot = model.slots.slot("b")
+    for wrapper in model._wrappers.values():
+        for bank in (table for table in wrapper.children() if hasattr(table, "_free")):
+            listed = [page for pages in bank._listed.values() for page in pages]
+            assert sorted([*listed, *bank._free]) == list(range(len(bank.pages)))
+            assert (bank.slot_pages[slot] >= 0).sum() == len(bank._listed[slot])
 
 
 def test_a_refused_first_adapter_leaves_the_model_as_it_was(folder, expected):

@@ -71,9 +71,8 @@ at::Tensor rows_in_order(const at::Tensor& t) { return t.stride(1) == 1 || t.siz
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   const at::Tensor& pages, const at::Tensor& slot_pages, const at::Tensor& slot_weights,
                   const at::Tensor& slot_ids) {
-  check_linear(x, weight, bias);
+  check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids);
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
-  check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids);
   check_range(slot_ids, slot_pages.size(0));
   check_pages(slot_ids, slot_pages, pages.size(0));
   // The result is of x's dtype, and its sums in float32, whatever autocast thinks of the products within.
@@ -123,9 +122,7 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight, const st
 
 void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& pages, const at::Tensor& slot_pages,
                 const at::Tensor& slot_weights, const at::Tensor& slot_ids, bool transpose) {
-  check_add_delta(y, x);
-  const int64_t n = transpose ? x.size(1) : y.size(1), k = transpose ? y.size(1) : x.size(1);
-  check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids);
+  check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, transpose);
   check_range(slot_ids, slot_pages.size(0));
   check_pages(slot_ids, slot_pages, pages.size(0));
   at::assert_no_internal_overlap(y);

@@ -117,8 +117,7 @@ bool decodes(const at::Tensor& x, const std::optional<at::Tensor>& weight, const
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   const at::Tensor& pages, const at::Tensor& slot_pages, const at::Tensor& slot_weights,
                   const at::Tensor& slot_ids) {
-  check_linear(x, weight, bias);
-  check_bank(x, weight.size(0), weight.size(1), pages, slot_pages, slot_weights, slot_ids);
+  check_linear(x, weight, bias, pages, slot_pages, slot_weights, slot_ids);
   if (!decodes(x, weight, slot_pages)) {
     static const auto others =
         c10::Dispatcher::singleton().findSchemaOrThrow("dts_fast::linear_otherwise", "").typed<decltype(linear)>();
@@ -131,9 +130,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
 
 void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& pages, const at::Tensor& slot_pages,
                 const at::Tensor& slot_weights, const at::Tensor& slot_ids, bool transpose) {
-  check_add_delta(y, x);
-  const int64_t n = transpose ? x.size(1) : y.size(1), k = transpose ? y.size(1) : x.size(1);
-  check_bank(x, n, k, pages, slot_pages, slot_weights, slot_ids);
+  check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, transpose);
   if (transpose || y.stride(1) != 1 || !decodes(x, std::nullopt, slot_pages)) {
     static const auto others = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow("dts_fast::add_delta_otherwise_", "")
@@ -147,6 +144,9 @@ void add_delta_(at::Tensor& y, const at::Tensor& x, const at::Tensor& pages, con
 void decode_(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>& weight,
              const std::optional<at::Tensor>& bias, const at::Tensor& pages, const at::Tensor& slot_pages,
              const at::Tensor& slot_weights, const at::Tensor& slot_ids, at::IntArrayRef shape) {
+  if (weight) check_linear(x, *weight, bias, pages, slot_pages, slot_weights, slot_ids);
+  check_add_delta(y, x, pages, slot_pages, slot_weights, slot_ids, /*transpose=*/false);
+  expect(y.size(1) <= 1 || y.stride(1) == 1, "y", y, "elements of a row side by side");
   decode(y, x, weight, bias, {pages, slot_pages, slot_weights, slot_ids}, shape);
 }
 
