@@ -4,7 +4,9 @@
 
 For each density the paper's adapter sets the bytes (of its files); every other method gets the same. Each row:
 Kullback-Leibler divergence of the compressed model's predictions from the fine-tune's on held-out inputs (nats, lower
-is better), agreement of the most likely class, accuracy.
+is better), agreement of the most likely class, accuracy. Distillation learns from inputs that are not among these: of
+the language models' training texts, and of the encoders' the first half of what is held out, for which all methods are
+then measured on the second.
 
 --minilm takes a folder with base.safetensors, config.json, and for each fine-tune TASK.safetensors and
 TASK.eval.safetensors; --demo the folder that `dts-fast demo` wrote.
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +25,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dts_fast import DTSConfig, compress, load_adapter
+from dts_fast import DistillConfig, DTSConfig, compress, distill, load_adapter
 from dts_fast.adapter_file import directory_size
 from dts_fast.codes import CodedVector, matrix_shape
+from dts_fast.distill import Loss
 from dts_fast.hardware import header
+from dts_fast.texts import text_batches
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSITIES = (0.006, 0.02, 0.04, 0.08, 0.16, 0.5)
+DISTILLED = (0.02, 0.04, 0.08)  # around 1 %
+ROWS = 2400  # of text that distillation sees
 
 
 @dataclass
@@ -41,6 +47,8 @@ class Task:
     tuned: Path
     embeddings: str
     predict: object  # state dict -> (logits [n, classes], labels [n])
+    batches: list[dict[str, Tensor]]  # inputs to distill with
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         self.base_state = {n: t.float() for n, t in load_file(_file(self.base)).items() if t.is_floating_point()}
@@ -49,16 +57,19 @@ class Task:
 
     def score(self, state: dict[str, Tensor]) -> dict[str, float]:
         logits, _ = self.predict(state)
-        want, got = self.reference.log_softmax(-1), logits.log_softmax(-1)
-        divergence = torch.nn.functional.kl_div(got, want, log_target=True, reduction="batchmean")
         return {
-            "kl": float(divergence),
+            "kl": float(divergence(logits, self.reference)),
             "agreement": float((logits.argmax(-1) == self.reference.argmax(-1)).double().mean()),
             "accuracy": float((logits.argmax(-1) == self.labels).double().mean()),
         }
 
     def plus(self, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.base_state | {name: self.base_state[name] + delta for name, delta in deltas.items()}
+
+
+def divergence(got: Tensor, want: Tensor) -> Tensor:
+    got, want = got.log_softmax(-1), want.log_softmax(-1)
+    return torch.nn.functional.kl_div(got, want, log_target=True, reduction="batchmean")
 
 
 def _file(path: Path) -> Path:
@@ -73,7 +84,18 @@ def encoder_tasks(folder: Path) -> Iterator[Task]:
     for file in sorted(folder.glob("*.eval.safetensors")):
         held_out = load_file(file)
 
-        def predict(state: dict[str, Tensor], held_out: dict[str, Tensor] = held_out) -> tuple[Tensor, Tensor]:
+        half = len(held_out["labels"]) // 2
+        seen = {name: t[:half] for name, t in held_out.items() if not name.startswith("head.")}
+        held_out |= {name: held_out[name][half:] for name in seen}
+        head = held_out["head.weight"].float(), held_out["head.bias"].float()
+
+        def classes(hidden: Tensor, mask: Tensor, head: tuple[Tensor, Tensor] = head) -> Tensor:
+            weight = mask[..., None].float()
+            return torch.nn.functional.linear((hidden * weight).sum(1) / weight.sum(1), *head)
+
+        def predict(
+            state: dict[str, Tensor], held_out: dict[str, Tensor] = held_out, classes: Callable = classes
+        ) -> tuple[Tensor, Tensor]:
             model.load_state_dict(state, strict=False)
             logits = []
             with torch.inference_mode():
@@ -81,13 +103,19 @@ def encoder_tasks(folder: Path) -> Iterator[Task]:
                     held_out["input_ids"].split(250), held_out["attention_mask"].split(250), strict=True
                 ):
                     hidden = model(input_ids=ids.long(), attention_mask=mask.long()).last_hidden_state
-                    weight = mask[..., None].float()
-                    pooled = (hidden * weight).sum(1) / weight.sum(1)
-                    logits.append(pooled @ held_out["head.weight"].t() + held_out["head.bias"])
+                    logits.append(classes(hidden, mask))
             return torch.cat(logits), held_out["labels"]
 
+        def loss(student, teacher, batch, classes: Callable = classes) -> tuple[Tensor, int]:
+            ours, theirs = (classes(m.last_hidden_state, batch["attention_mask"]) for m in (student, teacher))
+            return divergence(ours, theirs), len(ours)
+
+        batches = [
+            {"input_ids": ids.long(), "attention_mask": mask.long()}
+            for ids, mask in zip(seen["input_ids"].split(32), seen["attention_mask"].split(32), strict=True)
+        ]
         name = file.name.removesuffix(".eval.safetensors")
-        yield Task(name, folder / "base.safetensors", folder / f"{name}.safetensors", "skip", predict)
+        yield Task(name, folder / "base.safetensors", folder / f"{name}.safetensors", "skip", predict, batches, loss)
 
 
 def language_tasks(folder: Path) -> Iterator[Task]:
@@ -109,7 +137,10 @@ def language_tasks(folder: Path) -> Iterator[Task]:
                 logits = torch.cat([model(input_ids=part).logits[:, :-1] for part in rows.split(16)])
             return logits.flatten(0, 1), rows[:, 1:].flatten()
 
-        yield Task(kind, folder / "base", folder / "tuned" / kind, "low-rank", predict)
+        known = text_batches(["".join(corpus.train[kind])], tokenizer, 16, demo_lm.CONTEXT)
+        chosen = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[: ROWS // 16]
+        batches = [known[i] for i in chosen]
+        yield Task(kind, folder / "base", folder / "tuned" / kind, "low-rank", predict, batches)
 
 
 def measure(task: Task, densities: tuple[float, ...], folder: Path) -> Iterator[dict[str, object]]:
@@ -137,6 +168,13 @@ def measure(task: Task, densities: tuple[float, ...], folder: Path) -> Iterator[
 
         yield row("paper", size, {n: p.dequantize() for n, p in paper.deltas.items()})
         yield row("refined", directory_size(where / "refined"), {n: p.dequantize() for n, p in refined.deltas.items()})
+        if density in DISTILLED:
+            found = distill(
+                where / "refined", task.base, task.tuned, task.batches, where / "distilled", DistillConfig(),
+                loss=task.loss,
+            )  # fmt: skip
+            distilled = load_adapter(where / "distilled")
+            yield row("distilled", found.nbytes, {n: p.dequantize() for n, p in distilled.deltas.items()})
         for name in matrices:
             if name not in svd:
                 delta = (task.tuned_state[name] - task.base_state[name]).double()
@@ -165,16 +203,13 @@ def measure(task: Task, densities: tuple[float, ...], folder: Path) -> Iterator[
 
 def summary(rows: list[dict]) -> str:
     """KL of every method over the paper's at equal bytes."""
-    lines = ["task        share   paper KL  refined  exact SVD  16-bit SVD (relative to the paper's)"]
+    lines = ["task        share   paper KL   others' over it"]
     for task in dict.fromkeys(r["task"] for r in rows):
         for density in dict.fromkeys(r["density"] for r in rows if r["task"] == task and "density" in r):
             at = {r["method"]: r for r in rows if r["task"] == task and r.get("density") == density}
             paper = at["paper"]
-            ratios = [r["kl"] / paper["kl"] for m, r in at.items() if m != "paper"]
-            lines.append(
-                f"{task:10} {paper['share_of_covered']:7.2%} {paper['kl']:9.4f}  "
-                + "  ".join(f"{ratio:7.2f}" for ratio in ratios)
-            )
+            ratios = (f"{m}: {r['kl'] / paper['kl']:.2f}" for m, r in at.items() if m != "paper")
+            lines.append(f"{task:10} {paper['share_of_covered']:7.2%} {paper['kl']:9.4f}   " + ", ".join(ratios))
     return "\n".join(lines)
 
 

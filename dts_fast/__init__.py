@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .codes import CodedMatrix, CodedVector, DeltaSum, LowRankDelta
     from .compress import CompressReport, compress
     from .config import DTSConfig
+    from .distill import DistillConfig, DistillReport, distill
     from .errors import DTSError
     from .fit import fit, fit_vector
     from .fuse import fuse, nearest
@@ -37,8 +38,11 @@ _HOME = {
     "DTSModel": "model",
     "DTSModule": "nn",
     "DeltaSum": "codes",
+    "DistillConfig": "distill",
+    "DistillReport": "distill",
     "LowRankDelta": "codes",
     "compress": "compress",
+    "distill": "distill",
     "fit": "fit",
     "fit_vector": "fit",
     "fuse": "fuse",
@@ -59,6 +63,7 @@ def _function(name: str) -> property:
 
 class _Package(ModuleType):
     compress = _function("compress")
+    distill = _function("distill")
     fit = _function("fit")
     fuse = _function("fuse")
 

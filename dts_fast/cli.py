@@ -128,6 +128,39 @@ def compress(base_model, model, out_path, overwrite, **settings) -> None:
 
 @main.command()
 @click.argument("adapter", metavar="D")
+@click.option("--base-model", required=True, metavar="B", help="The base the adapter belongs to.")
+@click.option("--model", required=True, metavar="F", help="The fine-tune it was made from, with its tokenizer.")
+@click.option("--data", required=True, metavar="T", help="Texts like those it will see: a text file, or .jsonl.")
+@click.option("--out-path", required=True, metavar="O", help="Adapter directory to write.")
+@click.option("--field", default="text", show_default=True, help="Where a line of .jsonl has its text.")
+@click.option("--max-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a row.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Rows of a step.")
+@click.option("--steps", type=int, default=200, show_default=True, help="Steps of the optimiser.")
+@click.option("--learning-rate", type=float, default=0.1, show_default=True, help="Of factor elements, relative.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of rows.")
+@click.option("--device", default="cpu", show_default=True, help="Where both models run.")
+@click.option("--dtype", default="float32", show_default=True, help="Of both models.")
+@click.option("--overwrite", is_flag=True, help="Replace an adapter that stands at the target.")
+def distill(adapter, base_model, model, data, out_path, field, max_length, batch_size, overwrite, **settings) -> None:
+    """Bring the predictions of an adapter D nearer to its fine-tune's, at the same size, by texts."""
+    from .distill import DistillConfig
+    from .distill import distill as run
+    from .texts import load_tokenizer, read_texts, text_batches
+
+    config, texts = DistillConfig(**settings), read_texts(data, field)
+    batches = text_batches(texts, load_tokenizer(model), batch_size, max_length)
+    with _progress() as progress:
+        report = run(adapter, base_model, model, batches, out_path, config, overwrite=overwrite, progress=progress)
+    click.echo(
+        f"{report.path}: {report.nbytes:,} bytes; divergence from the fine-tune {report.after:.4g}, before "
+        f"{report.before:.4g} (nats, texts that were held out)"
+    )
+    if report.kept:
+        _remark(f"  as they were: {len(report.kept)} parameters, e.g. {report.kept[0]}")
+
+
+@main.command()
+@click.argument("adapter", metavar="D")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(adapter, as_json) -> None:
     """Show what an adapter D holds, what it costs and what it loses."""

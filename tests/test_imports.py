@@ -107,17 +107,24 @@ ALLOWED = {
         "adapter_file", "apart", "arenas", "atomic", "attach", "base", "batch", "calls", "characteristic",
         "endings", "errors", "hub", "merging", "mixture", "nn", "prepack", "residency", "routing", "slots", "wrapping",
     },
+    "trainable": {"codes"},
+    "distill": {
+        "adapter_file", "atomic", "attach", "base", "checkpoint", "codes", "errors", "fit", "growth", "lora", "model",
+        "nn", "plan", "trainable",
+    },
+    "texts": {"checkpoint", "errors"},
     "doctor": {"gpu", "native", "version"},
     "hardware": {"version"},
     "demo_lm": {"errors"},
     "demo": {"adapter_file", "compress", "config", "demo_lm", "errors", "hardware", "model"},
     "cli": {
-        "atomic", "bench_report", "benchmark", "characteristic", "compress", "config", "demo", "dense", "doctor",
-        "errors", "export", "fuse", "hardware", "hub", "lora", "shapes", "timing", "verify", "version",
+        "atomic", "bench_report", "benchmark", "characteristic", "compress", "config", "demo", "dense", "distill",
+        "doctor", "errors", "export", "fuse", "hardware", "hub", "lora", "shapes", "texts", "timing", "verify",
+        "version",
     },
     "__init__": {
-        "adapter_file", "characteristic", "codes", "compress", "config", "errors", "fit", "fuse", "model", "nn",
-        "routing", "version",
+        "adapter_file", "characteristic", "codes", "compress", "config", "distill", "errors", "fit", "fuse", "model",
+        "nn", "routing", "version",
     },
 }  # fmt: skip
 
@@ -157,7 +164,7 @@ def test_modules_import_only_what_lies_below_them(file):
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_transformers_stays_where_models_are(file):
     _, others = imports_of(file)
-    assert ("transformers" in others) <= (file.stem in {"base", "renaming", "shapes", "demo", "demo_lm"})
+    assert ("transformers" in others) <= (file.stem in {"base", "renaming", "shapes", "texts", "demo", "demo_lm"})
     assert "dts_fast" not in others, "imports within the package are relative"
 
 
@@ -181,6 +188,7 @@ def test_the_command_line_answers_without_torch():
 
 
 def test_functions_keep_their_names_beside_modules_of_the_same_name():
-    code = "import dts_fast.compress, dts_fast.fit, dts_fast.fuse; from dts_fast import compress, fit, fuse; "
-    code += "compress.__code__, fit.__code__, fuse.__code__"
+    code = "import dts_fast.compress, dts_fast.distill, dts_fast.fit, dts_fast.fuse; "
+    code += "from dts_fast import compress, distill, fit, fuse; "
+    code += "compress.__code__, distill.__code__, fit.__code__, fuse.__code__"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,310 @@
+"""Distillation: predictions nearer to the fine-tune's, at the same size and in the same format."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn.functional import kl_div
+
+from dts_fast import DTSConfig, DTSModel, compress, fit, fuse
+from dts_fast.adapter_file import CONFIG_NAME, load_adapter, save_adapter
+from dts_fast.cli import main
+from dts_fast.distill import DistillConfig, default_loss, distill
+from dts_fast.errors import AdapterFormatError, BaseMismatchError, DTSError
+from dts_fast.texts import read_texts, text_batches
+from dts_fast.trainable import TrainableDelta
+from dts_fast.verify import verify
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=60,
+        tie_word_embeddings=True, attention_bias=True, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=32, initializer_range=0.2, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert():
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=60,
+        max_position_embeddings=32, num_labels=5, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def mixtral():
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=60, num_local_experts=4, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+MODELS = (llama, gpt2, bert, mixtral)
+
+
+def tuning(matrix: torch.Tensor) -> torch.Tensor:
+    """A delta with some strong directions, as fine-tunes have them, and some noise."""
+    n, k = matrix.shape[-2:]
+    strong = torch.randn(*matrix.shape[:-2], n, 6) @ torch.randn(*matrix.shape[:-2], 6, k) / 6**0.5
+    return 0.4 * matrix.std() * (strong + 0.2 * torch.randn_like(matrix))
+
+
+class Case:
+    """A base, a fine-tune of it, and the adapter that `compress` makes of that."""
+
+    def __init__(self, folder, make, **settings):
+        torch.manual_seed(0)
+        self.base, self.tuned, self.adapter = folder / "base", folder / "tuned", folder / "adapter"
+        model = make()
+        model.save_pretrained(self.base)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter) if parameter.dim() == 1 else tuning(parameter)
+        model.save_pretrained(self.tuned)
+        compress(self.base, self.tuned, self.adapter, DTSConfig(**(settings or {"density": 0.2})))
+
+    def batches(self, count=8, rows=32, length=12):
+        """Half of the rows are padded."""
+        mask = torch.ones(rows, length, dtype=torch.long)
+        mask[: rows // 2, -3:] = 0
+        return [{"input_ids": torch.randint(1, 60, (rows, length)), "attention_mask": mask} for _ in range(count)]
+
+    def distill(self, out, batches=None, steps=30, **more):
+        config = DistillConfig(**{"steps": steps, "held_out": 0.25, "learning_rate": 0.03} | more.pop("config", {}))
+        return distill(self.adapter, self.base, self.tuned, batches or self.batches(), out, config, **more)
+
+
+@pytest.mark.filterwarnings("ignore:no fast path")
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+def test_predictions_come_nearer_and_are_those_of_the_file(tmp_path, make):
+    case = Case(tmp_path, make)
+    batches = case.batches()
+    report = case.distill(tmp_path / "new", batches, steps=60)
+    assert report.after < 0.85 * report.before
+    before, after = load_adapter(case.adapter), load_adapter(tmp_path / "new")
+    assert before.parameters.keys() == after.parameters.keys() == {*report.trained, *report.kept}
+    assert before.nbytes == after.nbytes
+    changed = {n for n, p in after.deltas.items() if not torch.equal(p.dequantize(), before.deltas[n].dequantize())}
+    assert changed == set(report.trained)
+    assert verify(tmp_path / "new", case.base, case.tuned).matches
+    assert after.config["compression"]["distilled"] == 60
+    # What serves the file has the divergence that was reported: the held-out batches are two of these eight.
+    teacher = type(make()).from_pretrained(case.tuned).eval()
+    served = []
+    with torch.no_grad():
+        model = DTSModel.from_pretrained(case.base, tmp_path / "new", "new")
+        served = [float(default_loss(model(**b), teacher(**b), b)[0]) for b in batches]
+    pairs = [(a + b) / 2 for i, a in enumerate(served) for b in served[i + 1 :]]
+    assert min(abs(pair - report.after) for pair in pairs) < 1e-4 * report.after + 1e-6  # sums in another order
+
+
+def test_what_is_trained_is_the_delta():
+    delta = fit(torch.randn(13, 22), rank=3)
+    trained = TrainableDelta(delta)
+    back = trained.coded()
+    assert torch.equal(back.dequantize(), delta.dequantize())
+    x, y = torch.randn(4, 5, 22), torch.randn(4, 5, 13)
+    torch.testing.assert_close(trained.times(x), x @ delta.dequantize().t())
+    torch.testing.assert_close(trained.times(y, transposed=True), y @ delta.dequantize())
+    torch.testing.assert_close(
+        trained.rows(torch.tensor([[3], [0]]), torch.float32), delta.dequantize()[torch.tensor([[3], [0]])]
+    )
+    assert trained.times(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_gradients_go_through_the_rounding():
+    """They are those of the same product with free factors, in units of the levels."""
+    delta = fit(torch.randn(13, 22), rank=3)
+    trained, x, weights = TrainableDelta(delta), torch.randn(4, 22), torch.randn(4, 13)
+    (trained.times(x) * weights).sum().backward()
+    u, v, s = (t.clone().requires_grad_() for t in (delta.u.dequantize(), delta.v.dequantize(), delta.s))
+    (((x @ v) * s) @ u.t() * weights).sum().backward()
+    torch.testing.assert_close(trained.u.values.grad, u.grad.t() * trained.u.unit)
+    torch.testing.assert_close(trained.v.values.grad, v.grad.t() * trained.v.unit)
+    torch.testing.assert_close(trained.change.grad, s.grad * s.detach())
+
+
+def test_values_take_the_nearest_level_and_stay_in_range():
+    factor = TrainableDelta(fit(torch.randn(9, 8), rank=2)).u
+    with torch.no_grad():
+        factor.values.copy_(torch.randn_like(factor.values) * 3)
+    nearest = (factor.values[..., None] * factor.unit - factor.levels).abs().argmin(-1)
+    torch.testing.assert_close(factor().detach(), factor.levels[nearest])
+    before = factor().detach()
+    factor.confine_()
+    assert torch.equal(factor(), before)
+    assert (factor.values * factor.unit).abs().max() <= factor.levels.abs().max() * (1 + 1e-6)
+    coded = factor.coded()
+    torch.testing.assert_close(coded.dequantize().t(), before)
+
+
+@pytest.mark.parametrize("method", ["paper", "refined"])
+def test_the_budget_holds(tmp_path, method):
+    case = Case(tmp_path, llama, budget=0.2, method=method)
+    report = case.distill(tmp_path / "a_name_of_some_length")
+    base_nbytes = json.loads((case.adapter / CONFIG_NAME).read_text())["base_nbytes"]
+    assert report.nbytes <= 0.2 * base_nbytes
+    with pytest.raises(DTSError, match="no room for the name"):
+        case.distill(tmp_path / ("n" * 200))
+
+
+def test_padding_and_ignored_labels_do_not_count():
+    ours, theirs = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    student, teacher = (transformers.modeling_outputs.CausalLMOutput(logits=t) for t in (ours, theirs))
+    kl = kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    for batch in ({"attention_mask": mask}, {"attention_mask": mask[:, :1], "labels": torch.where(mask > 0, 3, -100)}):
+        value, count = default_loss(student, teacher, batch)
+        torch.testing.assert_close(value, kl[mask > 0].mean())
+        assert count == 6
+    value, count = default_loss(student, teacher, {})
+    torch.testing.assert_close(value, kl.mean())
+    assert count == 8
+
+
+def test_models_without_classes():
+    output = transformers.modeling_outputs.BaseModelOutput
+    ours, theirs = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
+    value, count = default_loss(output(last_hidden_state=ours), output(last_hidden_state=theirs), {})
+    torch.testing.assert_close(value, (ours - theirs).square().sum() / theirs.square().sum())
+    assert count == 8
+    single = transformers.modeling_outputs.SequenceClassifierOutput
+    value, _ = default_loss(single(logits=ours[0, :, :1]), single(logits=theirs[0, :, :1]), {})
+    torch.testing.assert_close(value, (ours[0, :, 0] - theirs[0, :, 0]).square().mean())
+    with pytest.raises(DTSError, match="neither logits nor last_hidden_state"):
+        default_loss(output(), output(), {})
+
+
+def test_a_loss_of_ones_own(tmp_path):
+    case = Case(tmp_path, bert)
+    seen = []
+
+    def loss(student, teacher, batch):
+        seen.append(batch["input_ids"].shape)
+        return (student.logits - teacher.logits).square().mean(), len(batch["input_ids"])
+
+    report = case.distill(tmp_path / "new", loss=loss)
+    assert report.after < report.before
+    assert (32, 12) in seen
+
+
+def test_a_layer_that_is_read_and_not_called_stays(tmp_path, monkeypatch):
+    case = Case(tmp_path, llama)
+
+    def forward(self, x):
+        return nn.functional.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", forward)
+    report = case.distill(tmp_path / "new")
+    read = {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+    assert read <= set(report.kept)
+    assert report.after < report.before
+
+
+def test_what_is_refused(tmp_path):
+    case, target = Case(tmp_path, llama), tmp_path / "new"
+    with pytest.raises(DTSError, match="two batches or more"):
+        case.distill(target, case.batches(1))
+    with pytest.raises(DTSError, match="no nearer to"):
+        case.distill(target, config={"learning_rate": 0.0, "scale_learning_rate": 0.0})
+    with pytest.raises(DTSError, match="exists"):
+        case.distill(case.adapter)
+    with pytest.raises(BaseMismatchError):
+        distill(case.adapter, case.tuned, case.tuned, case.batches(), target)
+    compress(case.base, case.tuned, tmp_path / "other", DTSConfig(density=0.1))
+    fuse([case.adapter, tmp_path / "other"], tmp_path / "mixture", weights=[0.5, 0.5])
+    with pytest.raises(AdapterFormatError, match="mixture"):
+        distill(tmp_path / "mixture", case.base, case.tuned, case.batches(), target)
+    whole = load_adapter(case.adapter)
+    vectors = {n: p for n, p in whole.parameters.items() if n.endswith("norm.weight")}
+    compress(case.base, case.tuned, tmp_path / "vectors", DTSConfig(density=0.2, include="norm.weight"))
+    assert load_adapter(tmp_path / "vectors").parameters.keys() == vectors.keys()
+    with pytest.raises(DTSError, match="nothing to distill"):
+        distill(tmp_path / "vectors", case.base, case.tuned, case.batches(), target)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(DTSError, match="PEFT LoRA"):
+        distill(case.adapter, case.base, tmp_path / "lora", case.batches(), target)
+    assert not target.exists()
+    for settings in ({"steps": 0}, {"learning_rate": -1.0}, {"held_out": 1.0}, {"dtype": "nonsense"}):
+        with pytest.raises(DTSError, match=next(iter(settings))):
+            DistillConfig(**settings)
+
+
+def test_an_adapter_takes_its_own_place(tmp_path):
+    case = Case(tmp_path, llama)
+    save_adapter(tmp_path / "copy", load_adapter(case.adapter), "")
+    report = distill(
+        tmp_path / "copy", case.base, case.tuned, case.batches(), tmp_path / "copy", DistillConfig(steps=5),
+        overwrite=True,
+    )  # fmt: skip
+    assert report.path == tmp_path / "copy"
+    assert load_adapter(tmp_path / "copy").config["compression"]["distilled"] == 5
+
+
+def make_tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<unk>": 1} | {f"w{i}": i for i in range(2, 60)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def text_of(words: int) -> str:
+    return " ".join(f"w{2 + int(i)}" for i in torch.randint(58, (words,)))
+
+
+def test_the_command_line(tmp_path):
+    from click.testing import CliRunner
+
+    case = Case(tmp_path, llama)
+    make_tokenizer(case.tuned)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"body": text_of(12)}) + "\n" for _ in range(256)))
+    arguments = ["distill", case.adapter, "--base-model", case.base, "--model", case.tuned, "--field", "body"]
+    arguments += ["--data", tmp_path / "texts.jsonl", "--out-path", tmp_path / "new", "--steps", 20, "--batch-size", 32]
+    arguments += ["--learning-rate", 0.03]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    assert "divergence from the fine-tune" in result.stdout
+    again = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert again.exit_code == 1
+    assert "exists" in again.stderr
+
+
+def test_texts_become_rows(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    running = tmp_path / "book.txt"
+    running.write_text(text_of(50))
+    batches = text_batches(read_texts(running), tokenizer, batch_size=2, max_length=16)
+    assert [tuple(b["input_ids"].shape) for b in batches] == [(2, 16), (1, 16)]  # two words left over are no row
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": "w5 w6 w7"}\n\n{"text": "w8"}\n{"text": " "}\n')
+    (batch,) = text_batches(read_texts(lines), tokenizer, batch_size=4, max_length=2)
+    assert batch["input_ids"].tolist() == [[5, 6], [8, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    for content, message in (
+        ('{"text": 5}', "line 1: expected an object with a text under 'text'"),
+        ("[]", "line 1"),
+        ('\n{"text"', "line 2: expected JSON"),
+        ("\n", "has no text"),
+    ):
+        lines.write_text(content)
+        with pytest.raises(DTSError, match=message):
+            read_texts(lines)
+    with pytest.raises(DTSError, match="expected a text file"):
+        read_texts(tmp_path / "nothing.txt")
