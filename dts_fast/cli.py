@@ -136,7 +136,7 @@ def compress(base_model, model, out_path, overwrite, **settings) -> None:
 @click.option("--max-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a row.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Rows of a step.")
 @click.option("--steps", type=int, default=200, show_default=True, help="Steps of the optimiser.")
-@click.option("--learning-rate", type=float, default=0.1, show_default=True, help="Of factor elements, relative.")
+@click.option("--learning-rate", type=float, default=0.03, show_default=True, help="Of factor elements, relative.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of rows.")
 @click.option("--device", default="cpu", show_default=True, help="Where both models run.")
 @click.option("--dtype", default="float32", show_default=True, help="Of both models.")

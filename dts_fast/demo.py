@@ -17,11 +17,15 @@ from . import demo_lm
 from .adapter_file import directory_size
 from .compress import compress
 from .config import DTSConfig
+from .distill import DistillConfig, distill
 from .errors import DTSError
 from .hardware import header
 from .model import DTSModel
+from .texts import text_batches
 
 BUDGETS = (0.01, 0.02, 0.04)
+DISTILLED = BUDGETS[:1]  # the smallest has most to gain
+DISTILL_STEPS, DISTILL_BATCH = 100, 16
 _MARKER = "results.json"
 
 
@@ -35,14 +39,15 @@ class Variant:
     fine_tune: float = float("nan")
     dense_nbytes: int = 0
     adapters: dict[float, dict[str, float]] = field(default_factory=dict)
+    distilled: dict[float, dict[str, float]] = field(default_factory=dict)
 
-    def recovered(self, budget: float) -> float:
-        """Share of the fine-tune's gain over the base that the adapter keeps."""
-        return (self.base - self.adapters[budget]["bits_per_byte"]) / (self.base - self.fine_tune)
+    def recovered(self, adapter: Mapping[str, float]) -> float:
+        """Share of the fine-tune's gain over the base that an adapter keeps."""
+        return (self.base - adapter["bits_per_byte"]) / (self.base - self.fine_tune)
 
 
 def run(out: str | Path, *, steps: int | None = None, seed: int = 0, method: str | None = None) -> list[Variant]:
-    """Train, fine-tune, compress, measure, generate; everything is written below ``out``.
+    """Train, fine-tune, compress, distill, measure, generate; everything is written below ``out``.
 
     Args:
         out: folder for models, adapters, table (``table.md``, ``results.json``) and plot (``plot.png``). A folder
@@ -80,6 +85,16 @@ def run(out: str | Path, *, steps: int | None = None, seed: int = 0, method: str
                     DTSConfig(budget=budget, **settings),
                     progress=_without_loss(progress(f"compress {kind} to {budget:.0%}")),
                 )
+            for budget in DISTILLED:
+                distill(
+                    _adapter_path(out, kind, budget),
+                    out / "base",
+                    out / "tuned" / kind,
+                    _learned(corpus.train[kind], tokenizer, seed),
+                    _adapter_path(out, kind, budget, distilled=True),
+                    DistillConfig(steps=DISTILL_STEPS, seed=seed),
+                    progress=_without_loss(progress(f"distill {kind} at {budget:.0%}")),
+                )
         variants = _measure(out, corpus, tokenizer, progress("measure"))
     texts = _generate(out, tokenizer, seed)
     table = render_table(variants)
@@ -97,12 +112,12 @@ def render_table(variants: list[Variant]) -> str:
     """Markdown: sizes, bits per byte, and the share of the gain each adapter recovers."""
     heads = ["variant", "dense", "base", "average", "fine-tune"]
     heads += [f"adapter {budget:.0%}: bytes, share of base, bits/byte, gain kept" for budget in BUDGETS]
+    heads += [f"{budget:.0%}, distilled" for budget in DISTILLED]
     rows = [heads, ["---"] * len(heads)]
     for v in variants:
         cells = [v.kind, f"{v.dense_nbytes:,}", f"{v.base:.4f}", f"{v.average:.4f}", f"{v.fine_tune:.4f}"]
-        for budget in BUDGETS:
-            a = v.adapters[budget]
-            cells.append(f"{a['nbytes']:,}, {a['share']:.2%}, {a['bits_per_byte']:.4f}, {v.recovered(budget):.1%}")
+        for a in (*v.adapters.values(), *v.distilled.values()):
+            cells.append(f"{a['nbytes']:,}, {a['share']:.2%}, {a['bits_per_byte']:.4f}, {v.recovered(a):.1%}")
         rows.append(cells)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -131,17 +146,25 @@ def _load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _adapter_path(out: Path, kind: str, budget: float) -> Path:
-    return out / "adapters" / f"{kind}-{budget:.0%}".replace("%", "pct")
+def _adapter_path(out: Path, kind: str, budget: float, distilled: bool = False) -> Path:
+    return out / "adapters" / (f"{kind}-{budget:.0%}".replace("%", "pct") + "-distilled" * distilled)
+
+
+def _learned(texts: list[str], tokenizer, seed: int) -> list[dict[str, torch.Tensor]]:
+    """As many batches of a kind's training text as distillation uses, and a tenth more, which it is measured on."""
+    batches = text_batches(["".join(texts)], tokenizer, DISTILL_BATCH, demo_lm.CONTEXT)
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed))
+    return [batches[i] for i in order[: max(2, round(1.1 * DISTILL_STEPS))]]
 
 
 def _measure(out: Path, corpus, tokenizer, progress) -> list[Variant]:
     """Bits per byte of each kind's held-out text under base, average, fine-tune and adapters."""
     kinds = list(demo_lm.KINDS)
-    steps = iter(range(1, 1 + len(kinds) * (3 + len(BUDGETS))))
+    total_steps = len(kinds) * (3 + len(BUDGETS) + len(DISTILLED))
+    steps = iter(range(1, 1 + total_steps))
 
     def measured(model, kind: str) -> float:
-        progress("measure", next(steps), len(kinds) * (3 + len(BUDGETS)), float("nan"))
+        progress("measure", next(steps), total_steps, float("nan"))
         return demo_lm.bits_per_byte(model, tokenizer, corpus.held_out[kind])
 
     base = _load(out / "base")
@@ -160,12 +183,12 @@ def _measure(out: Path, corpus, tokenizer, progress) -> list[Variant]:
         variants[kind].average = measured(average, kind)
     model = DTSModel(base, max_adapters=1)
     for kind in kinds:
-        for budget in BUDGETS:
-            path = _adapter_path(out, kind, budget)
+        for budget, distilled in [*((b, False) for b in BUDGETS), *((b, True) for b in DISTILLED)]:
+            path = _adapter_path(out, kind, budget, distilled)
             model.load_adapter(path, kind)
             model.set_adapter(kind)
             size = directory_size(path)
-            variants[kind].adapters[budget] = {
+            (variants[kind].distilled if distilled else variants[kind].adapters)[budget] = {
                 "nbytes": size,
                 "share": size / base_nbytes,
                 "bits_per_byte": measured(model, kind),
@@ -202,7 +225,8 @@ def _write(out: Path, variants: list[Variant], table: str, texts: Mapping[str, s
             "kind": v.kind,
             "bits_per_byte": {"base": v.base, "average": v.average, "fine_tune": v.fine_tune},
             "dense_nbytes": v.dense_nbytes,
-            "adapters": {f"{budget:.0%}": a | {"gain_kept": v.recovered(budget)} for budget, a in v.adapters.items()},
+            "adapters": {f"{budget:.0%}": a | {"gain_kept": v.recovered(a)} for budget, a in v.adapters.items()},
+            "distilled": {f"{budget:.0%}": a | {"gain_kept": v.recovered(a)} for budget, a in v.distilled.items()},
         }
         for v in variants
     ]
@@ -223,12 +247,15 @@ def _plot(variants: list[Variant], file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for v in variants:
         shares = [100 * v.adapters[budget]["share"] for budget in BUDGETS]
-        axes.plot(shares, [100 * v.recovered(budget) for budget in BUDGETS], marker="o", label=v.kind)
+        kept = [100 * v.recovered(v.adapters[budget]) for budget in BUDGETS]
+        (line,) = axes.plot(shares, kept, marker="o", label=v.kind)
+        for a in v.distilled.values():
+            axes.plot(100 * a["share"], 100 * v.recovered(a), marker="*", markersize=11, color=line.get_color())
     axes.axhline(100, color="grey", linewidth=0.8, linestyle="--")
     axes.set(
         xlabel="adapter, % of the base's bytes", ylabel="% of the fine-tune's gain kept", ylim=(0, 105), xlim=(0, None)
     )
-    axes.set_title("Held-out bits per byte: what each adapter keeps")
+    axes.set_title("Held-out bits per byte: what each adapter keeps (stars: distilled)")
     axes.legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -9,6 +9,7 @@ quantisation-aware training.) No labels are needed.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -58,7 +59,7 @@ class DistillConfig:
     """
 
     steps: int = 200
-    learning_rate: float = 0.1
+    learning_rate: float = 0.03
     scale_learning_rate: float = 0.05
     held_out: float = 0.1
     seed: int = 0
@@ -259,10 +260,11 @@ class _Run:
             if not queue:
                 queue = order.sample(batches, len(batches))
             value, _ = self(queue.pop())
-            if not bool(torch.isfinite(value)):
-                raise DTSError(f"the loss is {float(value)} at step {step}; nothing was written. Try dtype float32.")
+            now = float(value.detach())
+            if not math.isfinite(now):
+                raise DTSError(f"the loss is {now} at step {step}; nothing was written. Try dtype float32.")
             if progress is not None:
-                progress(f"loss {float(value):.4g}", step, config.steps)
+                progress(f"loss {now:.4g}", step, config.steps)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

@@ -35,6 +35,8 @@ def test_bits_per_byte_of_a_uniform_model():
 
 def test_the_main_job(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "BUDGETS", (0.04,))
+    monkeypatch.setattr(demo, "DISTILLED", (0.04,))
+    monkeypatch.setattr(demo, "DISTILL_STEPS", 6)
     monkeypatch.setattr(demo_lm, "bits_per_byte", _short(demo_lm.bits_per_byte))
     variants = demo.run(tmp_path / "out", steps=60)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -43,6 +45,8 @@ def test_the_main_job(tmp_path, monkeypatch, capsys):
         assert v["bits_per_byte"]["fine_tune"] < v["bits_per_byte"]["base"]
         adapter = v["adapters"]["4%"]
         assert 0.03 < adapter["share"] <= 0.04
+        assert 0.03 < v["distilled"]["4%"]["share"] <= 0.04
+        assert v["distilled"]["4%"]["bits_per_byte"] < v["bits_per_byte"]["base"]
         assert v["bits_per_byte"]["fine_tune"] - 0.05 < adapter["bits_per_byte"] < v["bits_per_byte"]["base"]
     assert set(results["texts"]) == {*demo_lm.KINDS, "__base__"}
     assert results["header"]["torch"] == torch.__version__

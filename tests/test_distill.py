@@ -82,7 +82,7 @@ class Case:
         return [{"input_ids": torch.randint(1, 60, (rows, length)), "attention_mask": mask} for _ in range(count)]
 
     def distill(self, out, batches=None, steps=30, **more):
-        config = DistillConfig(**{"steps": steps, "held_out": 0.25, "learning_rate": 0.03} | more.pop("config", {}))
+        config = DistillConfig(**{"steps": steps, "held_out": 0.25} | more.pop("config", {}))
         return distill(self.adapter, self.base, self.tuned, batches or self.batches(), out, config, **more)
 
 
@@ -277,7 +277,6 @@ def test_the_command_line(tmp_path):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"body": text_of(12)}) + "\n" for _ in range(256)))
     arguments = ["distill", case.adapter, "--base-model", case.base, "--model", case.tuned, "--field", "body"]
     arguments += ["--data", tmp_path / "texts.jsonl", "--out-path", tmp_path / "new", "--steps", 20, "--batch-size", 32]
-    arguments += ["--learning-rate", 0.03]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     assert "divergence from the fine-tune" in result.stdout

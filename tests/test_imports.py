@@ -116,7 +116,7 @@ ALLOWED = {
     "doctor": {"gpu", "native", "version"},
     "hardware": {"version"},
     "demo_lm": {"errors"},
-    "demo": {"adapter_file", "compress", "config", "demo_lm", "errors", "hardware", "model"},
+    "demo": {"adapter_file", "compress", "config", "demo_lm", "distill", "errors", "hardware", "model", "texts"},
     "cli": {
         "atomic", "bench_report", "benchmark", "characteristic", "compress", "config", "demo", "dense", "distill",
         "doctor", "errors", "export", "fuse", "hardware", "hub", "lora", "shapes", "texts", "timing", "verify",
