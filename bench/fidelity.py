@@ -28,7 +28,7 @@ from torch import Tensor
 from dts_fast import DistillConfig, DTSConfig, compress, distill, load_adapter
 from dts_fast.adapter_file import directory_size
 from dts_fast.codes import CodedVector, matrix_shape
-from dts_fast.distill import Loss
+from dts_fast.divergence import Loss
 from dts_fast.hardware import header
 from dts_fast.texts import text_batches
 

@@ -86,15 +86,7 @@ def run(out: str | Path, *, steps: int | None = None, seed: int = 0, method: str
                     progress=_without_loss(progress(f"compress {kind} to {budget:.0%}")),
                 )
             for budget in DISTILLED:
-                distill(
-                    _adapter_path(out, kind, budget),
-                    out / "base",
-                    out / "tuned" / kind,
-                    _learned(corpus.train[kind], tokenizer, seed),
-                    _adapter_path(out, kind, budget, distilled=True),
-                    DistillConfig(steps=DISTILL_STEPS, seed=seed),
-                    progress=_without_loss(progress(f"distill {kind} at {budget:.0%}")),
-                )
+                _distill(out, kind, budget, corpus, tokenizer, seed, progress(f"distill {kind} at {budget:.0%}"))
         variants = _measure(out, corpus, tokenizer, progress("measure"))
     texts = _generate(out, tokenizer, seed)
     table = render_table(variants)
@@ -116,7 +108,10 @@ def render_table(variants: list[Variant]) -> str:
     rows = [heads, ["---"] * len(heads)]
     for v in variants:
         cells = [v.kind, f"{v.dense_nbytes:,}", f"{v.base:.4f}", f"{v.average:.4f}", f"{v.fine_tune:.4f}"]
-        for a in (*v.adapters.values(), *v.distilled.values()):
+        for a in (*v.adapters.values(), *(v.distilled.get(budget) for budget in DISTILLED)):
+            if a is None:
+                cells.append("")
+                continue
             cells.append(f"{a['nbytes']:,}, {a['share']:.2%}, {a['bits_per_byte']:.4f}, {v.recovered(a):.1%}")
         rows.append(cells)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -148,6 +143,19 @@ def _load(folder: Path):
 
 def _adapter_path(out: Path, kind: str, budget: float, distilled: bool = False) -> Path:
     return out / "adapters" / (f"{kind}-{budget:.0%}".replace("%", "pct") + "-distilled" * distilled)
+
+
+def _distill(out: Path, kind: str, budget: float, corpus, tokenizer, seed: int, progress) -> None:
+    """Distill an adapter; one that gets no better, as after few steps of training, is left out."""
+    path = _adapter_path(out, kind, budget)
+    batches, config = _learned(corpus.train[kind], tokenizer, seed), DistillConfig(steps=DISTILL_STEPS, seed=seed)
+    try:
+        distill(
+            path, out / "base", out / "tuned" / kind, batches, _adapter_path(out, kind, budget, distilled=True), config,
+            progress=_without_loss(progress),
+        )  # fmt: skip
+    except DTSError as error:
+        print(f"not distilled: {error}", file=sys.stderr)
 
 
 def _learned(texts: list[str], tokenizer, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -185,6 +193,8 @@ def _measure(out: Path, corpus, tokenizer, progress) -> list[Variant]:
     for kind in kinds:
         for budget, distilled in [*((b, False) for b in BUDGETS), *((b, True) for b in DISTILLED)]:
             path = _adapter_path(out, kind, budget, distilled)
+            if not path.exists():
+                continue
             model.load_adapter(path, kind)
             model.set_adapter(kind)
             size = directory_size(path)

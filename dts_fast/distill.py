@@ -14,11 +14,11 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
 from torch.utils.hooks import RemovableHandle
 
 from .adapter_file import CONFIG_NAME, Adapter, Parameter, directory_size, load_adapter, save_adapter, total_size
@@ -27,7 +27,9 @@ from .attach import Owned
 from .base import load_base
 from .checkpoint import Checkpoint, common_prefix
 from .codes import LowRankDelta
-from .errors import AdapterFormatError, DTSError
+from .divergence import Batch, Loss, default_loss
+from .errors import AdapterFormatError, CheckpointError, DTSError
+from .export import check_base
 from .fit import relative_error
 from .growth import grown_parameter
 from .lora import is_lora, open_fine_tune
@@ -35,10 +37,6 @@ from .model import DTSModel
 from .nn import DTSEmbedding, DTSLinear
 from .plan import assemble
 from .trainable import TrainableDelta
-
-Batch = Mapping[str, object]
-# Of the outputs of student and teacher for a batch: a mean, and how many it is of.
-Loss = Callable[[object, object, Batch], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class DistillConfig:
         model_kwargs: for the ``from_pretrained`` of transformers, of both.
 
     Raises:
-        DTSError: a value out of range.
+        DTSError: a value out of range, a device that is not there.
     """
 
     steps: int = 200
@@ -75,8 +73,13 @@ class DistillConfig:
                 raise DTSError(f"{name} must not be negative, got {getattr(self, name)}.")
         if not 0 < self.held_out < 1:
             raise DTSError(f"held_out must lie between 0 and 1, got {self.held_out}.")
-        if not isinstance(getattr(torch, str(self.dtype), None), torch.dtype):
-            raise DTSError(f"dtype: expected the name of a torch dtype such as bfloat16, got {self.dtype!r}.")
+        dtype = getattr(torch, str(self.dtype), None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise DTSError(f"dtype: expected the name of a floating-point dtype such as bfloat16, got {self.dtype!r}.")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise DTSError(f"device {self.device!r} cannot be used here ({error}).") from error
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,11 @@ class DistillReport:
     Attributes:
         path: of the new adapter.
         nbytes: bytes of its files.
-        before, after: loss on the batches that were held out: the divergence (nats) of its predictions from the
-            fine-tune's, unless the models give none (`default_loss`).
-        trained: parameters whose codes and scales were learned.
-        kept: those that stay as they were: vectors, convolutions, stacked experts, what is stored whole.
+        before, after: loss on the batches that were held out, of the old and the new file as they are served: the
+            divergence (nats) of predictions from the fine-tune's, unless the models give none
+            (`divergence.default_loss`).
+        trained: parameters whose codes or scales have changed.
+        kept: those that are as they were: vectors, convolutions, stacked experts, what is stored whole.
     """
 
     path: Path
@@ -123,16 +127,20 @@ def distill(
             do.
         out_path: the directory to write; it must not exist unless ``overwrite``.
         loss: of the outputs of the model with the adapter, of the fine-tune, and of the batch: a mean that takes
-            gradients, and how many positions or rows it is of; `default_loss` if not given.
+            gradients, and how many positions or rows it is of; `divergence.default_loss` if not given.
         progress: called as ``progress(what, done, total)``.
 
     Memory: both models, activations of one batch, and some 30 bytes for each element of the factors.
 
     Raises:
         AdapterFormatError, BaseMismatchError, CheckpointError: the three do not belong together, or cannot be read.
-        DTSError: nothing in it can be trained; it got no better; a target that exists. Nothing is written.
+        DTSError: the models do not take the batches; nothing can be trained; it got no better; a target that exists.
+            Nothing is written.
     """
-    config, loss, out_path = config or DistillConfig(), loss or default_loss, Path(out_path)
+    for name, path in (("adapter", adapter), ("base_model", base_model), ("model", model), ("out_path", out_path)):
+        if not isinstance(path, (str, Path)):
+            raise DTSError(f"{name}: expected a path or a hub id, got {type(path).__name__}.")
+    config, out_path = config or DistillConfig(), Path(out_path)
     batches = list(batches)
     if len(batches) < 2:
         raise DTSError(f"distill takes two batches or more, one to learn from and one to measure, got {len(batches)}.")
@@ -142,6 +150,10 @@ def distill(
         raise AdapterFormatError(f"{adapter} is a mixture of adapters: there is no fine-tune to learn from.")
     if Path(model).is_dir() and is_lora(model):
         raise DTSError(f"{model} is a PEFT LoRA; expected a whole model. Merge it into its base (merge_and_unload).")
+    checkpoints = Checkpoint.open(base_model), open_fine_tune(model, base_model)
+    check_base(source, checkpoints[0])
+    _check_fine_tune(source, *checkpoints)
+    _finished(out_path.name, source, config, source.parameters, dict.fromkeys(source.parameters, 8.8888))
     kwargs = {"dtype": getattr(torch, config.dtype), **config.model_kwargs}
     teacher = load_base(model, {}, dict(kwargs))
     student = DTSModel.from_pretrained(base_model, adapter, _NAME, max_adapters=1, **kwargs)
@@ -149,95 +161,73 @@ def distill(
         each.requires_grad_(False)
         if "device_map" not in kwargs:
             each.to(config.device)
-    described = _described(out_path.name, source, config)
+    if loss is None:
+        loss = partial(default_loss, problem_type=getattr(teacher.config, "problem_type", None))
     order = random.Random(config.seed)
     order.shuffle(batches)
     count = min(len(batches) - 1, max(1, round(config.held_out * len(batches))))
     held_out, learned = batches[:count], batches[count:]
-    run = _Run(teacher, student, loss, student.device)
-    before = run.mean(held_out)
+    run = _Run(teacher, student, loss)
+    try:
+        before = run.mean(held_out)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise DTSError(f"the models do not take batches of {', '.join(held_out[0])}: {error}") from error
     with _trainable(student, source, run, held_out[0], before) as deltas:
         run.learn(deltas, learned, config, order, progress)
-        after = run.mean(held_out)
+        new = {name: delta.coded() for name, delta in deltas.items()}
+    _put(student, source, new)
+    after = run.mean(held_out)
     if not after < before:
         raise DTSError(
             f"distillation brought {adapter} no nearer to {model}: {before:.4g} became {after:.4g} on batches that "
             "were held out. Give it more data, or a smaller learning rate. Nothing was written."
         )
-    new = {name: delta.coded() for name, delta in deltas.items()}
-    errors = dict(zip(sorted(source.parameters), source.config["errors"], strict=True))
-    errors |= _errors(new, Checkpoint.open(base_model), open_fine_tune(model, base_model))
-    finished = _finished(out_path.name, described, {**source.parameters, **new}, errors)
+    errors = dict(zip(sorted(source.parameters), source.config["errors"], strict=True)) | _errors(new, *checkpoints)
+    finished = _finished(out_path.name, source, config, {**source.parameters, **new}, errors)
     save_adapter(out_path, *finished, overwrite=overwrite)
-    kept = sorted(source.parameters.keys() - new.keys())
-    return DistillReport(out_path, directory_size(out_path), before, after, sorted(new), kept)
+    trained = sorted(name for name, delta in new.items() if not _same(delta, source.parameters[name]))
+    kept = sorted(source.parameters.keys() - set(trained))
+    return DistillReport(out_path, directory_size(out_path), before, after, trained, kept)
 
 
 _NAME = "distilled"
 
 
-def default_loss(student: object, teacher: object, batch: Batch) -> tuple[Tensor, int]:
-    """How far the student's outputs are from the teacher's, and the number of positions.
-
-    Of models with ``logits [..., C]``: the Kullback-Leibler divergence ``KL(teacher || student)`` in nats; for one
-    class (a regression) the squared error. Of those without: the squared error of ``last_hidden_state`` over the
-    teacher's square. Positions that ``attention_mask [B, T]`` (of a decoder: ``labels`` of -100) leaves out do not
-    count.
-
-    Raises:
-        DTSError: the outputs have neither.
-    """
-    ours, theirs = getattr(student, "logits", None), getattr(teacher, "logits", None)
-    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
-        ours, theirs = (getattr(output, "last_hidden_state", None) for output in (student, teacher))
-        if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
-            raise DTSError(
-                f"{type(teacher).__name__} has neither logits nor last_hidden_state to compare. Give distill() a loss."
-            )
-        ours, theirs = (_counted(t, batch) for t in (ours, theirs))
-        return (ours - theirs).square().sum() / theirs.square().sum(), len(theirs)
-    ours, theirs = (_counted(t, batch) for t in (ours, theirs))
-    if theirs.shape[-1] == 1:
-        return (ours - theirs).square().mean(), len(theirs)
-    return kl_div(log_softmax(ours, -1), log_softmax(theirs, -1), log_target=True, reduction="batchmean"), len(theirs)
-
-
-def _counted(outputs: Tensor, batch: Batch) -> Tensor:
-    """``[..., C]`` as float32 ``[positions, C]``, of the positions that count."""
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if isinstance(labels, Tensor) and outputs.dim() == 3 and labels.shape == outputs.shape[:2]:
-        mask = labels != -100
-    if isinstance(mask, Tensor) and outputs.dim() == 3 and mask.shape == outputs.shape[:2]:
-        return outputs[mask.to(outputs.device).bool()].float()
-    return outputs.flatten(0, -2).float()
-
-
 class _Run:
     """Two models on batches."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, loss: Loss, device: torch.device) -> None:
-        self.teacher, self.student, self.loss, self.device = teacher, student, loss, device
+    def __init__(self, teacher: nn.Module, student: DTSModel, loss: Loss) -> None:
+        self.teacher, self.student, self.loss = teacher, student, loss
 
     def __call__(self, batch: Batch) -> tuple[Tensor, int]:
         with torch.no_grad():
-            wanted = self.teacher(**self._moved(batch))
-        return self.loss(self.outputs(batch), wanted, batch)
-
-    def outputs(self, batch: Batch) -> object:
-        return self.student(**self._moved(batch))
+            wanted = self.teacher(**self._moved(batch, self.teacher))
+        batch = self._moved(batch, self.student)
+        return self.loss(self.student(**batch), wanted, batch)
 
     @torch.no_grad()
-    def is_like(self, intact: object, batch: Batch, before: float) -> bool:
-        """Whether the student's outputs are what they were, as near as a small share of its loss tells."""
-        return float(self.loss(self.outputs(batch), intact, batch)[0]) <= 0.05 * before + 1e-6
+    def outputs(self, batch: Batch) -> object:
+        return self.student(**self._moved(batch, self.student))
 
-    def _moved(self, batch: Batch) -> dict[str, object]:
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    def is_like(self, intact: object, batch: Batch, before: float) -> bool:
+        """Whether the student's outputs are what they were, but for rounding: as near as a small share of what
+        separates it from the teacher."""
+        batch = self._moved(batch, self.student)
+        with torch.no_grad():
+            now, none = (float(self.loss(o, intact, batch)[0]) for o in (self.student(**batch), intact))
+        rounding = 1e-6 if self.student.dtype == torch.float32 else 1e-3
+        return abs(now - none) <= 0.02 * before + rounding
+
+    def _moved(self, batch: Batch, model: nn.Module) -> dict[str, object]:
+        return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     @torch.no_grad()
     def mean(self, batches: Sequence[Batch]) -> float:
         found = [self(batch) for batch in batches]
-        return sum(float(value) * count for value, count in found) / sum(count for _, count in found)
+        total = sum(count for _, count in found)
+        if not total:
+            raise DTSError("no position of the batches that are held out counts (attention_mask, labels of -100).")
+        return sum(float(value) * count for value, count in found) / total
 
     def learn(
         self,
@@ -259,7 +249,9 @@ class _Run:
         for step in range(config.steps):
             if not queue:
                 queue = order.sample(batches, len(batches))
-            value, _ = self(queue.pop())
+            value, count = self(queue.pop())
+            if not count:
+                continue
             now = float(value.detach())
             if not math.isfinite(now):
                 raise DTSError(f"the loss is {now} at step {step}; nothing was written. Try dtype float32.")
@@ -282,39 +274,58 @@ def _trainable(
     Raises:
         DTSError: there are none.
     """
-    slot = student.slots.slot(_NAME)
     owned, _ = student._live.owners(source)
     places = _places(student, source, owned)
+    if not places:
+        raise DTSError("nothing to distill: the adapter has no delta of a linear layer or an embedding.")
     deltas = {name: TrainableDelta(source.parameters[name]) for name in places}
-    with torch.no_grad():
-        intact = run.outputs(batch)
+    intact = run.outputs(batch)
     with ExitStack() as stack:
         called: set[str] = set()
         hooks: dict[str, list[RemovableHandle]] = {}
-        stack.callback(lambda: [hook.remove() for some in hooks.values() for hook in some])
         for name, paths in places.items():
             for path in paths:
                 wrapper = student._wrappers[path]
                 deltas[name].to(wrapper.bank.pages.device)
-                wrapper.clear_slot(slot)
-                rest = {leaf: parameter for leaf, parameter in owned[path].items() if leaf != "weight"}
-                if rest:
-                    wrapper.load_slot(slot, rest)
-                hook = wrapper.register_forward_hook(_adding(deltas[name], name, called), with_kwargs=True)
+                _load(student, path, {leaf: p for leaf, p in owned[path].items() if leaf != "weight"})
+                hook = wrapper.register_forward_hook(_adding(deltas[name], path, called), with_kwargs=True)
+                stack.callback(hook.remove)
                 hooks.setdefault(name, []).append(hook)
-        if not run.is_like(intact, batch, before):
-            # Some models read a layer's weight and do not call it: what they read stays as it was.
-            for name in deltas.keys() - called:
-                for hook, path in zip(hooks.pop(name), places[name], strict=True):
+        run.outputs(batch)
+        # Some models read a layer's weight and do not call it, and of experts a batch may call few: theirs stay.
+        for name, paths in places.items():
+            if not called.issuperset(paths):
+                for hook, path in zip(hooks[name], paths, strict=True):
                     hook.remove()
-                    student._wrappers[path].clear_slot(slot)
-                    student._wrappers[path].load_slot(slot, owned[path])
+                    _load(student, path, owned[path])
                 del deltas[name]
-            if not run.is_like(intact, batch, before):
-                raise DTSError(f"distill does not know how {type(student.model).__name__} uses its layers.")
-        if not deltas:
-            raise DTSError("nothing to distill: the adapter has no delta of a linear layer or an embedding.")
+        if not deltas or not run.is_like(intact, batch, before):
+            raise DTSError(f"distill does not know how {type(student.model).__name__} uses its layers.")
         yield deltas
+
+
+def _load(student: DTSModel, path: str, parameters: Mapping[str, Parameter]) -> None:
+    """Give a layer other parameters of the adapter."""
+    slot = student.slots.slot(_NAME)
+    student._wrappers[path].clear_slot(slot)
+    if parameters:
+        student._wrappers[path].load_slot(slot, parameters)
+
+
+def _put(student: DTSModel, source: Adapter, new: Mapping[str, LowRankDelta]) -> None:
+    """Serve new deltas in the places of the adapter's."""
+    changed = Adapter(source.config, {**source.parameters, **new})
+    owned, _ = student._live.owners(changed)
+    ours = {id(delta) for delta in new.values()}
+    for path, parameters in owned.items():
+        if any(id(parameter) in ours for parameter in parameters.values()):
+            _load(student, path, parameters)
+
+
+def _same(one: LowRankDelta, other: LowRankDelta) -> bool:
+    return torch.equal(one.s, other.s) and all(
+        torch.equal(a.dequantize(), b.dequantize()) for a, b in ((one.u, other.u), (one.v, other.v))
+    )
 
 
 def _places(student: DTSModel, source: Adapter, owned: Owned) -> dict[str, list[str]]:
@@ -335,9 +346,9 @@ def _places(student: DTSModel, source: Adapter, owned: Owned) -> dict[str, list[
     return {name: places[name] for name in sorted(places.keys() - fixed)}
 
 
-def _adding(delta: TrainableDelta, name: str, called: set[str]) -> Callable[..., Tensor]:
+def _adding(delta: TrainableDelta, path: str, called: set[str]) -> Callable[..., Tensor]:
     def add(wrapper: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-        called.add(name)
+        called.add(path)
         x = args[0] if args else next(iter(kwargs.values()))
         if isinstance(wrapper, DTSEmbedding):
             return output + delta.rows(x, output.dtype)
@@ -346,30 +357,43 @@ def _adding(delta: TrainableDelta, name: str, called: set[str]) -> Callable[...,
     return add
 
 
-def _described(name: str, source: Adapter, config: DistillConfig) -> dict[str, object]:
-    """The new adapter's config as far as it is known, with a note of what was done where the budget has room for it.
+def _finished(
+    name: str,
+    source: Adapter,
+    config: DistillConfig,
+    parameters: Mapping[str, Parameter],
+    errors: Mapping[str, float],
+) -> tuple[Adapter, str]:
+    """The new adapter and its card, with a note of what was done where the budget has room for it.
 
     Raises:
         DTSError: the budget has no room for its name.
     """
-    described = dict(source.config)
-    budget = described["compression"].get("budget")
-    noted = described | {"compression": described["compression"] | {"distilled": config.steps}}
-    errors = dict.fromkeys(source.parameters, 8.8888)
-    for each in (noted, described):
-        if budget is None or _size(name, each, source, errors) <= int(budget * described["base_nbytes"]):
-            return each
+    settings, fingerprint = source.config["compression"], str(source.config["base_fingerprint"])
+    for noted in ({"distilled": config.steps}, {}):
+        described = {**source.config, "compression": settings | noted}
+        adapter, card = assemble(name, described, parameters, errors, fingerprint)
+        budget = settings.get("budget")
+        if budget is None or total_size(adapter, card) <= int(budget * source.config["base_nbytes"]):
+            return adapter, card
     raise DTSError(f"the adapter's budget has no room for the name {name!r} in its card. Choose a shorter --out-path.")
 
 
-def _size(name: str, described: Mapping[str, object], source: Adapter, errors: Mapping[str, float]) -> int:
-    return total_size(*_finished(name, described, source.parameters, errors))
+def _check_fine_tune(source: Adapter, base: Checkpoint, fine_tune: Checkpoint) -> None:
+    """Refuse another fine-tune than the adapter's, by the errors of its smallest matrices.
 
-
-def _finished(
-    name: str, described: Mapping[str, object], parameters: Mapping[str, Parameter], errors: Mapping[str, float]
-) -> tuple[Adapter, str]:
-    return assemble(name, described, parameters, errors, str(described["base_fingerprint"]))
+    Raises:
+        CheckpointError: it is another, or lacks parameters.
+    """
+    recorded = dict(zip(sorted(source.parameters), source.config["errors"], strict=True))
+    matrices = {name: delta for name, delta in source.deltas.items() if isinstance(delta, LowRankDelta)}
+    few = dict(sorted(matrices.items(), key=lambda item: item[1].nbytes)[:4])
+    for name, error in _errors(few, base, fine_tune).items():
+        if abs(error - recorded[name]) > 0.02:  # a merge in 16 bits moves it by less, another fine-tune by 1
+            raise CheckpointError(
+                f"not the fine-tune that the adapter was made from: the error of {name} is {error}, recorded is "
+                f"{recorded[name]}."
+            )
 
 
 def _errors(deltas: Mapping[str, LowRankDelta], base: Checkpoint, fine_tune: Checkpoint) -> dict[str, float]:
@@ -378,6 +402,8 @@ def _errors(deltas: Mapping[str, LowRankDelta], base: Checkpoint, fine_tune: Che
     theirs = {add + name.removeprefix(strip): name for name in fine_tune.tensors}
     errors = {}
     for name, delta in deltas.items():
+        if name not in theirs:
+            raise CheckpointError(f"the fine-tune has no {name}, which the adapter changes.")
         before, after = base.get(name).double(), fine_tune.get(theirs[name]).double()
         errors[name] = round(relative_error(after[: len(before)] - before, delta), 4)
     return errors

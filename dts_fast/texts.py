@@ -71,17 +71,19 @@ def text_batches(texts: list[str], tokenizer, batch_size: int, max_length: int) 
     """Batches of token ids: a single text is cut into rows of ``max_length`` tokens, of several each is a row.
 
     Args:
-        tokenizer: of transformers, the fine-tune's.
+        tokenizer: of transformers, the fine-tune's; rows are no longer than it says its model takes.
 
     Returns:
         ``input_ids`` and ``attention_mask``, int64 ``[B, T]``, padded on the right to the longest of their batch.
     """
+    max_length = min(max_length, tokenizer.model_max_length)
+    settings = {"truncation": True, "max_length": max_length}
     if len(texts) == 1:
-        ids = tokenizer(texts[0], verbose=False)["input_ids"]
-        rows = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+        # Each row gets its own special tokens; a short rest is none.
+        rows = tokenizer(texts, return_overflowing_tokens=True, **settings)["input_ids"]
         rows = rows[:-1] if len(rows) > 1 and len(rows[-1]) < max_length // 2 else rows
     else:
-        rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        rows = tokenizer(texts, **settings)["input_ids"]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     rows = [row for row in rows if row]
     return [_padded(rows[i : i + batch_size], padding) for i in range(0, len(rows), batch_size)]

@@ -13,8 +13,10 @@ from torch.nn.functional import kl_div
 from dts_fast import DTSConfig, DTSModel, compress, fit, fuse
 from dts_fast.adapter_file import CONFIG_NAME, load_adapter, save_adapter
 from dts_fast.cli import main
-from dts_fast.distill import DistillConfig, default_loss, distill
-from dts_fast.errors import AdapterFormatError, BaseMismatchError, DTSError
+from dts_fast.distill import DistillConfig, _Run, _trainable, distill
+from dts_fast.divergence import default_loss
+from dts_fast.errors import AdapterFormatError, BaseMismatchError, CheckpointError, DTSError
+from dts_fast.export import export_full
 from dts_fast.texts import read_texts, text_batches
 from dts_fast.trainable import TrainableDelta
 from dts_fast.verify import verify
@@ -49,6 +51,14 @@ def mixtral():
         vocab_size=60, num_local_experts=4, initializer_range=0.2,
     )  # fmt: skip
     return transformers.MixtralForCausalLM(config)
+
+
+def bart():
+    config = transformers.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=40, decoder_ffn_dim=40, max_position_embeddings=32, vocab_size=60, init_std=0.2,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
 
 
 MODELS = (llama, gpt2, bert, mixtral)
@@ -110,6 +120,36 @@ def test_predictions_come_nearer_and_are_those_of_the_file(tmp_path, make):
     assert min(abs(pair - report.after) for pair in pairs) < 1e-4 * report.after + 1e-6  # sums in another order
 
 
+@pytest.mark.filterwarnings("ignore:no fast path")
+@pytest.mark.parametrize("make", [*MODELS, bart], ids=lambda make: make.__name__)
+def test_gradients_are_those_of_the_dense_model(tmp_path, make):
+    """Through all the layers behind, whose norms, biases and experts are the adapter's too."""
+    case = Case(tmp_path, make)
+    (batch,) = case.batches(1)
+    export_full(case.adapter, case.base, tmp_path / "dense")
+    dense, teacher = (type(make()).from_pretrained(path).eval() for path in (tmp_path / "dense", case.tuned))
+    with torch.no_grad():
+        wanted = teacher(**batch)
+    default_loss(dense(**batch), wanted, batch)[0].backward()
+    student, source = DTSModel.from_pretrained(case.base, case.adapter, "distilled"), load_adapter(case.adapter)
+    student.requires_grad_(False)
+    run = _Run(teacher, student, default_loss)
+    gradients = {name: p.grad for name, p in dense.named_parameters()}
+    with _trainable(student, source, run, batch, 1.0) as deltas:
+        run(batch)[0].backward()
+        for name, trained in deltas.items():
+            delta, own = source.parameters[name], gradients[name]
+            u, v, s = delta.u.dequantize(), delta.v.dequantize(), delta.s
+            for got, expected in (
+                (trained.u.values.grad.t() / trained.u.unit, own @ v * s),
+                (trained.v.values.grad.t() / trained.v.unit, own.t() @ u * s),
+                (trained.change.grad / s, (u.t() @ own @ v).diagonal()),
+            ):
+                # Float32 sums of base and delta apart instead of together, through a few layers.
+                torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert len(deltas) > 4
+
+
 def test_what_is_trained_is_the_delta():
     delta = fit(torch.randn(13, 22), rank=3)
     trained = TrainableDelta(delta)
@@ -163,15 +203,39 @@ def test_the_budget_holds(tmp_path, method):
 def test_padding_and_ignored_labels_do_not_count():
     ours, theirs = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    student, teacher = (transformers.modeling_outputs.CausalLMOutput(logits=t) for t in (ours, theirs))
+    labels = torch.where(mask > 0, 3, -100)
     kl = kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    for batch in ({"attention_mask": mask}, {"attention_mask": mask[:, :1], "labels": torch.where(mask > 0, 3, -100)}):
-        value, count = default_loss(student, teacher, batch)
-        torch.testing.assert_close(value, kl[mask > 0].mean())
-        assert count == 6
-    value, count = default_loss(student, teacher, {})
-    torch.testing.assert_close(value, kl.mean())
-    assert count == 8
+    causal, masked = transformers.modeling_outputs.CausalLMOutput, transformers.modeling_outputs.MaskedLMOutput
+    before = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0]])  # what predicts a label stands before it
+    everything = torch.ones_like(mask)
+    for output, batch, counted in (
+        (causal, {"attention_mask": mask}, mask),
+        (causal, {"attention_mask": everything, "labels": labels}, before),
+        (masked, {"attention_mask": everything, "labels": labels}, mask),
+        (masked, {"attention_mask": mask, "decoder_input_ids": mask}, everything),
+        (masked, {"attention_mask": everything, "decoder_input_ids": mask, "decoder_attention_mask": mask}, mask),
+        (masked, {"attention_mask": mask[:, :1]}, everything),
+        (causal, {}, everything),
+    ):
+        value, count = default_loss(output(logits=ours), output(logits=theirs), batch)
+        torch.testing.assert_close(value, kl[counted > 0].mean())
+        assert count == counted.sum()
+    value, count = default_loss(causal(logits=ours), causal(logits=theirs), {"labels": torch.full((2, 4), -100)})
+    assert (float(value), count) == (0, 0)
+
+
+def test_problems_other_than_one_of_several_classes():
+    output = transformers.modeling_outputs.SequenceClassifierOutput
+    ours, theirs = torch.randn(5, 3), torch.randn(5, 3)
+    value, _ = default_loss(output(logits=ours), output(logits=theirs), {}, "regression")
+    torch.testing.assert_close(value, (ours - theirs).square().mean())
+    value, _ = default_loss(output(logits=ours), output(logits=theirs), {}, "multi_label_classification")
+    ours, theirs = (torch.distributions.Bernoulli(logits=t) for t in (ours, theirs))
+    torch.testing.assert_close(value, torch.distributions.kl_divergence(theirs, ours).sum(-1).mean())
+    with pytest.raises(DTSError, match="up to three dimensions"):
+        default_loss(output(logits=torch.zeros(1, 2, 3, 4)), output(logits=torch.zeros(1, 2, 3, 4)), {})
+    with pytest.raises(DTSError, match="alike in both models"):
+        default_loss(output(logits=torch.zeros(1, 3)), output(logits=torch.zeros(1, 4)), {})
 
 
 def test_models_without_classes():
@@ -221,6 +285,15 @@ def test_what_is_refused(tmp_path):
         case.distill(target, config={"learning_rate": 0.0, "scale_learning_rate": 0.0})
     with pytest.raises(DTSError, match="exists"):
         case.distill(case.adapter)
+    with pytest.raises(DTSError, match="do not take batches of words"):
+        case.distill(target, [{"words": torch.zeros(1, 2)}] * 2)
+    labels = torch.full((32, 12), -100)
+    with pytest.raises(DTSError, match="no position"):
+        case.distill(target, [batch | {"labels": labels} for batch in case.batches(2)])
+    with pytest.raises(DTSError, match="model: expected a path"):
+        distill(case.adapter, case.base, nn.Linear(2, 2), case.batches(), target)
+    with pytest.raises(CheckpointError, match="not the fine-tune"):
+        distill(case.adapter, case.base, case.base, case.batches(), target)
     with pytest.raises(BaseMismatchError):
         distill(case.adapter, case.tuned, case.tuned, case.batches(), target)
     compress(case.base, case.tuned, tmp_path / "other", DTSConfig(density=0.1))
@@ -238,7 +311,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(DTSError, match="PEFT LoRA"):
         distill(case.adapter, case.base, tmp_path / "lora", case.batches(), target)
     assert not target.exists()
-    for settings in ({"steps": 0}, {"learning_rate": -1.0}, {"held_out": 1.0}, {"dtype": "nonsense"}):
+    for settings in ({"steps": 0}, {"learning_rate": -1.0}, {"held_out": 1.0}, {"dtype": "int8"}, {"device": "mars"}):
         with pytest.raises(DTSError, match=next(iter(settings))):
             DistillConfig(**settings)
 
@@ -279,13 +352,17 @@ def test_the_command_line(tmp_path):
     arguments += ["--data", tmp_path / "texts.jsonl", "--out-path", tmp_path / "new", "--steps", 20, "--batch-size", 32]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
-    assert "divergence from the fine-tune" in result.stdout
+    before, after = (float(result.stdout.split(word)[1].split()[0].rstrip(",")) for word in (", before", "fine-tune"))
+    assert 0 < after < before
+    assert load_adapter(tmp_path / "new").config["compression"]["distilled"] == 20
     again = CliRunner().invoke(main, [str(a) for a in arguments])
     assert again.exit_code == 1
     assert "exists" in again.stderr
 
 
 def test_texts_become_rows(tmp_path):
+    from tokenizers import processors
+
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     running = tmp_path / "book.txt"
     running.write_text(text_of(50))
@@ -296,6 +373,13 @@ def test_texts_become_rows(tmp_path):
     (batch,) = text_batches(read_texts(lines), tokenizer, batch_size=4, max_length=2)
     assert batch["input_ids"].tolist() == [[5, 6], [8, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    tokenizer.model_max_length = 8  # a row is no longer than the model takes, and has its special tokens
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="w2 $A", special_tokens=[("w2", 2)]
+    )
+    (batch,) = text_batches(read_texts(running)[:1], tokenizer, batch_size=9, max_length=16)
+    assert batch["input_ids"].shape == (7, 8)
+    assert (batch["input_ids"][:, 0] == 2).all()
     for content, message in (
         ('{"text": 5}', "line 1: expected an object with a text under 'text'"),
         ("[]", "line 1"),

@@ -108,9 +108,10 @@ ALLOWED = {
         "endings", "errors", "hub", "merging", "mixture", "nn", "prepack", "residency", "routing", "slots", "wrapping",
     },
     "trainable": {"codes"},
+    "divergence": {"errors"},
     "distill": {
-        "adapter_file", "atomic", "attach", "base", "checkpoint", "codes", "errors", "fit", "growth", "lora", "model",
-        "nn", "plan", "trainable",
+        "adapter_file", "atomic", "attach", "base", "checkpoint", "codes", "divergence", "errors", "export", "fit",
+        "growth", "lora", "model", "nn", "plan", "trainable",
     },
     "texts": {"checkpoint", "errors"},
     "doctor": {"gpu", "native", "version"},
