@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 
@@ -306,17 +307,16 @@ class Bank(nn.Module):
         if count <= length and new <= free:
             return
         more = max(count - length, 0)
-        grown = {
-            "pages": self.pages,
-            "slot_pages": nn.functional.pad(self.slot_pages, (0, more), value=-1),
-            "slot_weights": nn.functional.pad(self.slot_weights, (0, more)),
-        }
-        if new > free:
-            old = self.pages.shape[0]
-            grown["pages"] = self.pages.new_zeros(old + new - free, self.pages.shape[1])
-            grown["pages"][:old] = self.pages
-        if self.pages.is_cuda:
-            torch.cuda.current_stream(self.pages.device).synchronize()  # other streams do not wait for this one
+        with self._calls_stream():
+            grown = {
+                "pages": self.pages,
+                "slot_pages": nn.functional.pad(self.slot_pages, (0, more), value=-1),
+                "slot_weights": nn.functional.pad(self.slot_weights, (0, more)),
+            }
+            if new > free:
+                old = self.pages.shape[0]
+                grown["pages"] = self.pages.new_zeros(old + new - free, self.pages.shape[1])
+                grown["pages"][:old] = self.pages
         _replaced.append(self.pages.nbytes)
         outgrown = self._buffers
         # One assignment: a call in another thread has either all of the old tensors or all of the new ones. The old
@@ -325,6 +325,22 @@ class Bank(nn.Module):
         self._free.extend(range(outgrown["pages"].shape[0], grown["pages"].shape[0]))
         if self.pages.is_cuda:
             torch.cuda.synchronize(self.pages.device)  # kernels of other streams may be reading what goes with this
+
+    @contextmanager
+    def _calls_stream(self) -> Iterator[None]:
+        """On a GPU, its default stream, on which calls run; what was done there is done at the end.
+
+        Memory goes back to the stream that it was taken on. If an arena were a load's stream's, one that is outgrown
+        could be another load's while a call that had read its address is yet to be launched.
+        """
+        if not self.pages.is_cuda:
+            yield
+            return
+        stream = torch.cuda.default_stream(self.pages.device)
+        stream.wait_stream(torch.cuda.current_stream(self.pages.device))
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()  # loads' streams do not wait for it
 
     @torch.inference_mode(False)
     def _apply(self, fn, recurse=True):
