@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,7 @@ def text_batches(texts: list[str], tokenizer, batch_size: int, max_length: int) 
     Returns:
         ``input_ids`` and ``attention_mask``, int64 ``[B, T]``, padded on the right to the longest of their batch.
     """
+    tokenizer = copy.deepcopy(tokenizer)  # truncation is kept in it, for whoever uses it next
     max_length = min(max_length, tokenizer.model_max_length)
     settings = {"truncation": True, "max_length": max_length}
     if len(texts) == 1:

@@ -42,7 +42,8 @@ def test_the_main_job(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [v["kind"] for v in results["variants"]] == list(demo_lm.KINDS) == [v.kind for v in variants]
     for v in results["variants"]:
-        assert v["bits_per_byte"]["fine_tune"] < v["bits_per_byte"]["base"]
+        # Hardly trained models need more than a good one's 2 bits, and less than a random one's 8.
+        assert 2 < v["bits_per_byte"]["fine_tune"] < v["bits_per_byte"]["base"] < 8
         adapter = v["adapters"]["4%"]
         assert 0.03 < adapter["share"] <= 0.04
         assert 0.03 < v["distilled"]["4%"]["share"] <= 0.04

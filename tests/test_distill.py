@@ -367,6 +367,7 @@ def test_texts_become_rows(tmp_path):
     running = tmp_path / "book.txt"
     running.write_text(text_of(50))
     batches = text_batches(read_texts(running), tokenizer, batch_size=2, max_length=16)
+    assert tokenizer.backend_tokenizer.truncation is None
     assert [tuple(b["input_ids"].shape) for b in batches] == [(2, 16), (1, 16)]  # two words left over are no row
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"text": "w5 w6 w7"}\n\n{"text": "w8"}\n{"text": " "}\n')
