@@ -30,7 +30,7 @@ def demo() -> str:
     """The demo's table, transposed to fit a page, and its mixed batch."""
     results = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
     variants = results["variants"]
-    budgets, distilled = list(variants[0]["adapters"]), list(variants[0]["distilled"])
+    budgets, distilled = list(variants[0]["adapters"]), list(variants[0].get("distilled", {}))
     lines = [
         "| variant | base | average of the fine-tunes | fine-tune |"
         + "".join(f" adapter {name} | gain kept |" for name in [*budgets, *(f"{b}, distilled" for b in distilled)]),
@@ -42,7 +42,7 @@ def demo() -> str:
         for adapter in (*(v["adapters"][b] for b in budgets), *(v["distilled"][b] for b in distilled)):
             cells += [f"{adapter['bits_per_byte']:.3f}", f"{adapter['gain_kept']:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
-    largest = {b: max(v[key].get(b, {}).get("nbytes", 0) for v in variants for key in KINDS) for b in budgets}
+    largest = {b: max(v.get(key, {}).get(b, {}).get("nbytes", 0) for v in variants for key in KINDS) for b in budgets}
     sizes = ", ".join(f"{nbytes:,} at {budget}" for budget, nbytes in largest.items())
     lines += [
         "",
@@ -69,12 +69,13 @@ def kept() -> str:
     """What adapters of each size keep in the demo, at least."""
     variants = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))["variants"]
     compressed, distilled = (
-        ", ".join(f"{min(v[key][b]['gain_kept'] for v in variants):.0%} at {b}" for b in variants[0][key])
+        ", ".join(f"{min(v[key][b]['gain_kept'] for v in variants):.0%} at {b}" for b in variants[0].get(key, {}))
         for key in KINDS
     )
+    shown = f", and {distilled} where `distill` has shown it some text" if distilled else ""
     return (
         "How much of a fine-tune an adapter keeps depends on its size: in the [demo](#what-an-adapter-keeps) at least "
-        f"{compressed} of the base's bytes, and {distilled} where `distill` has shown it some text."
+        f"{compressed} of the base's bytes{shown}."
     )
 
 
