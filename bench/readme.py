@@ -111,6 +111,26 @@ def fidelity() -> str:
     return "\n".join(out)
 
 
+def distilled() -> str:
+    """What distillation is worth, in a sentence."""
+    _, rows = _read("fidelity.jsonl")
+    density = max(row["density"] for row in rows if row["method"] == "distilled")
+    kl = {(row["task"], row["method"], row.get("density")): row["kl"] for row in rows}
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    over = {m: [kl[t, m, density] / kl[t, "paper", density] for t in tasks] for m in ("refined", "distilled")}
+    share = [row["share_of_covered"] for row in rows if row["method"] == "distilled" and row["density"] == density]
+    most = max(row["density"] for row in rows if row["method"] == "paper")
+    paper = [row["share_of_covered"] for row in rows if row["method"] == "paper" and row["density"] == most]
+    better = sum(kl[t, "distilled", density] < kl[t, "paper", most] for t in tasks)
+    ranges = {method: f"{min(ratios):.2f} to {max(ratios):.2f}" for method, ratios in over.items()}
+    return (
+        f"On {len(tasks)} fine-tunes, distilled adapters of {min(share):.1%} to {max(share):.1%} of the bytes they "
+        f"cover are at {ranges['distilled']} of the divergence of the paper's of equal bytes ({ranges['refined']} "
+        f"before); {better} of the {len(tasks)} are nearer to the fine-tune than the paper's at {min(paper):.1%} to "
+        f"{max(paper):.1%} ([table](docs/measurements.md#fidelity-for-the-bytes)):"
+    )
+
+
 def ablation() -> str:
     """KL of each variant over the refined method's at equal bytes: geometric mean and range over tasks and budgets."""
     head, rows = _read("ablation.jsonl")
@@ -461,7 +481,13 @@ def _read(name: str) -> tuple[dict, list[dict]]:
 
 
 BLOCKS = {
-    "README.md": {"overheads": overheads, "kept": kept, "model": model_in_short, "demo": demo},
+    "README.md": {
+        "overheads": overheads,
+        "kept": kept,
+        "model": model_in_short,
+        "demo": demo,
+        "distilled": distilled,
+    },
     "docs/measurements.md": {
         "fidelity": fidelity,
         "ablation": ablation,
