@@ -120,6 +120,11 @@ def test_predictions_come_nearer_and_are_those_of_the_file(tmp_path, make):
     assert min(abs(pair - report.after) for pair in pairs) < 1e-4 * report.after + 1e-6  # sums in another order
 
 
+def test_models_in_16_bits(tmp_path):
+    report = Case(tmp_path, llama).distill(tmp_path / "new", config={"dtype": "bfloat16"})
+    assert report.after < 0.95 * report.before
+
+
 @pytest.mark.filterwarnings("ignore:no fast path")
 @pytest.mark.parametrize("make", [*MODELS, bart], ids=lambda make: make.__name__)
 def test_gradients_are_those_of_the_dense_model(tmp_path, make):
