@@ -28,7 +28,7 @@ from torch import Tensor
 from dts_fast import DistillConfig, DTSConfig, compress, distill, load_adapter
 from dts_fast.adapter_file import directory_size
 from dts_fast.codes import CodedVector, matrix_shape
-from dts_fast.divergence import Loss
+from dts_fast.divergence import Loss, divergence
 from dts_fast.hardware import header
 from dts_fast.texts import text_batches
 
@@ -65,11 +65,6 @@ class Task:
 
     def plus(self, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.base_state | {name: self.base_state[name] + delta for name, delta in deltas.items()}
-
-
-def divergence(got: Tensor, want: Tensor) -> Tensor:
-    got, want = got.log_softmax(-1), want.log_softmax(-1)
-    return torch.nn.functional.kl_div(got, want, log_target=True, reduction="batchmean")
 
 
 def _file(path: Path) -> Path:

@@ -26,6 +26,9 @@ def hardware(header: dict) -> str:
     return f"{header['cpu']}, {header['threads']} threads, torch {header['torch']}, commit {header['commit']}"
 
 
+KINDS = ("adapters", "distilled")  # of adapters, in the demo
+
+
 def demo() -> str:
     """The demo's table, transposed to fit a page, and its mixed batch."""
     results = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
@@ -60,9 +63,6 @@ def demo() -> str:
         shown = [line for line in text.splitlines() if line.strip()]
         lines += [f"--- {name}", *shown[:5]]
     return "\n".join([*lines, "```"])
-
-
-KINDS = ("adapters", "distilled")
 
 
 def kept() -> str:
@@ -122,12 +122,13 @@ def distilled() -> str:
     most = max(row["density"] for row in rows if row["method"] == "paper")
     paper = [row["share_of_covered"] for row in rows if row["method"] == "paper" and row["density"] == most]
     better = sum(kl[t, "distilled", density] < kl[t, "paper", most] for t in tasks)
+    count = "all" if better == len(tasks) else better
     ranges = {method: f"{min(ratios):.2f} to {max(ratios):.2f}" for method, ratios in over.items()}
     return (
         f"On {len(tasks)} fine-tunes, distilled adapters of {min(share):.1%} to {max(share):.1%} of the bytes they "
         f"cover are at {ranges['distilled']} of the divergence of the paper's of equal bytes ({ranges['refined']} "
-        f"before); {better} of the {len(tasks)} are nearer to the fine-tune than the paper's at {min(paper):.1%} to "
-        f"{max(paper):.1%} ([table](docs/measurements.md#fidelity-for-the-bytes)):"
+        f"before); {count} are nearer to the fine-tune than the paper's at {min(paper):.1%} to {max(paper):.1%} "
+        "([table](docs/measurements.md#fidelity-for-the-bytes)):"
     )
 
 

@@ -153,7 +153,7 @@ def distill(adapter, base_model, model, data, out_path, field, max_length, batch
         report = run(adapter, base_model, model, batches, out_path, config, overwrite=overwrite, progress=progress)
     click.echo(
         f"{report.path}: {report.nbytes:,} bytes; divergence from the fine-tune {report.after:.4g}, before "
-        f"{report.before:.4g} (nats, texts that were held out)"
+        f"{report.before:.4g} (on texts that were held out)"
     )
     if report.kept:
         _remark(f"  as they were: {len(report.kept)} parameters, e.g. {report.kept[0]}")

@@ -32,7 +32,7 @@ from .errors import AdapterFormatError, CheckpointError, DTSError
 from .export import check_base
 from .fit import relative_error
 from .growth import grown_parameter
-from .lora import is_lora, open_fine_tune
+from .lora import LoraCheckpoint, open_fine_tune
 from .model import DTSModel
 from .nn import DTSEmbedding, DTSLinear
 from .plan import assemble
@@ -130,7 +130,8 @@ def distill(
             gradients, and how many positions or rows it is of; `divergence.default_loss` if not given.
         progress: called as ``progress(what, done, total)``.
 
-    Memory: both models, activations of one batch, and some 30 bytes for each element of the factors.
+    Memory: both models, activations of one batch, and for each element of the factors 16 bytes beside what a step
+    computes of it.
 
     Raises:
         AdapterFormatError, BaseMismatchError, CheckpointError: the three do not belong together, or cannot be read.
@@ -148,9 +149,9 @@ def distill(
     source = load_adapter(adapter)
     if None in source.config["errors"]:
         raise AdapterFormatError(f"{adapter} is a mixture of adapters: there is no fine-tune to learn from.")
-    if Path(model).is_dir() and is_lora(model):
-        raise DTSError(f"{model} is a PEFT LoRA; expected a whole model. Merge it into its base (merge_and_unload).")
     checkpoints = Checkpoint.open(base_model), open_fine_tune(model, base_model)
+    if isinstance(checkpoints[1], LoraCheckpoint):
+        raise DTSError(f"{model} is a PEFT LoRA; expected a whole model. Merge it into its base (merge_and_unload).")
     check_base(source, checkpoints[0])
     _check_fine_tune(source, *checkpoints)
     _finished(out_path.name, source, config, source.parameters, dict.fromkeys(source.parameters, 8.8888))

@@ -56,7 +56,12 @@ def default_loss(student: object, teacher: object, batch: Batch, problem_type: s
         p = theirs.sigmoid()
         gains = p * (logsigmoid(theirs) - logsigmoid(ours)) + (1 - p) * (logsigmoid(-theirs) - logsigmoid(-ours))
         return gains.sum(-1).mean(), count
-    return kl_div(log_softmax(ours, -1), log_softmax(theirs, -1), log_target=True, reduction="batchmean"), count
+    return divergence(ours, theirs), count
+
+
+def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
+    """``KL(theirs || ours)`` in nats of logits ``[n, C]``, the mean over n."""
+    return kl_div(log_softmax(ours, -1), log_softmax(theirs, -1), log_target=True, reduction="batchmean")
 
 
 def _counted(outputs: Tensor, batch: Batch, shifted: bool) -> Tensor:

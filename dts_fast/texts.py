@@ -13,8 +13,6 @@ from torch import Tensor
 from .checkpoint import hub_id
 from .errors import DTSError
 
-Batch = dict[str, Tensor]
-
 
 def read_texts(path: str | Path, field: str = "text") -> list[str]:
     """The texts of a file: of ``.jsonl`` one for each line, under a key; any other is one running text.
@@ -68,7 +66,7 @@ def load_tokenizer(model: str | Path):
         raise DTSError(f"{model}: expected a model with its tokenizer ({error}).") from error
 
 
-def text_batches(texts: list[str], tokenizer, batch_size: int, max_length: int) -> list[Batch]:
+def text_batches(texts: list[str], tokenizer, batch_size: int, max_length: int) -> list[dict[str, Tensor]]:
     """Batches of token ids: a single text is cut into rows of ``max_length`` tokens, of several each is a row.
 
     Args:
@@ -76,7 +74,12 @@ def text_batches(texts: list[str], tokenizer, batch_size: int, max_length: int) 
 
     Returns:
         ``input_ids`` and ``attention_mask``, int64 ``[B, T]``, padded on the right to the longest of their batch.
+
+    Raises:
+        DTSError: a single text, and a tokenizer in Python alone, which cannot cut it.
     """
+    if len(texts) == 1 and not tokenizer.is_fast:
+        raise DTSError(f"{type(tokenizer).__name__} cannot cut a running text into rows: give a text a line (.jsonl).")
     tokenizer = copy.deepcopy(tokenizer)  # truncation is kept in it, for whoever uses it next
     max_length = min(max_length, tokenizer.model_max_length)
     settings = {"truncation": True, "max_length": max_length}
@@ -91,7 +94,7 @@ def text_batches(texts: list[str], tokenizer, batch_size: int, max_length: int) 
     return [_padded(rows[i : i + batch_size], padding) for i in range(0, len(rows), batch_size)]
 
 
-def _padded(rows: list[list[int]], padding: int) -> Batch:
+def _padded(rows: list[list[int]], padding: int) -> dict[str, Tensor]:
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), padding)
     mask = torch.zeros_like(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dts_fast.distill import DistillConfig, _Run, _trainable, distill
 from dts_fast.divergence import default_loss
 from dts_fast.errors import AdapterFormatError, BaseMismatchError, CheckpointError, DTSError
 from dts_fast.export import export_full
+from dts_fast.lora import export_lora
 from dts_fast.texts import read_texts, text_batches
 from dts_fast.trainable import TrainableDelta
 from dts_fast.verify import verify
@@ -311,8 +313,7 @@ def test_what_is_refused(tmp_path):
     assert load_adapter(tmp_path / "vectors").parameters.keys() == vectors.keys()
     with pytest.raises(DTSError, match="nothing to distill"):
         distill(tmp_path / "vectors", case.base, case.tuned, case.batches(), target)
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    export_lora(case.adapter, case.base, tmp_path / "lora", drop=True)
     with pytest.raises(DTSError, match="PEFT LoRA"):
         distill(case.adapter, case.base, tmp_path / "lora", case.batches(), target)
     assert not target.exists()
@@ -395,5 +396,7 @@ def test_texts_become_rows(tmp_path):
         lines.write_text(content)
         with pytest.raises(DTSError, match=message):
             read_texts(lines)
+    with pytest.raises(DTSError, match="cannot cut a running text"):
+        text_batches(["a text"], SimpleNamespace(is_fast=False), batch_size=1, max_length=8)
     with pytest.raises(DTSError, match="expected a text file"):
         read_texts(tmp_path / "nothing.txt")
