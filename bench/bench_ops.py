@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -211,8 +212,15 @@ def run(
     for model, layer, case in cases(question, device):
         key = f"{question} {model} {layer} {case}"
         if key not in done and dtype in (None, dtype_name(case.dtype)):
-            for row in run_case(case, roofline, peers=question != "base", rounds=rounds):
-                yield {"question": question, "key": key, "model": model, "layer": layer, **row}
+            described = {"question": question, "key": key, "model": model, "layer": layer}
+            try:
+                for row in run_case(case, roofline, peers=question != "base", rounds=rounds):
+                    yield {**described, **row}
+            except Exception as error:  # wrong, or refused: the other cases are still worth their time
+                print(f"{key}: {error}", file=sys.stderr, flush=True)
+                yield {**described, "error": str(error)}
+                if "CUDA error" in str(error):  # nothing works behind it
+                    return
 
 
 def summary(rows: list[dict]) -> str:
@@ -251,13 +259,15 @@ def main() -> None:
     with options.out.open("a" if resumed else "w", encoding="utf-8") as out:
         if not resumed:
             out.write(json.dumps({"header": head, "roofline": asdict(roofline)}) + "\n")
-        done = {row["key"] for row in rows}
+        done = {row["key"] for row in rows if "error" not in row}
         for question in [options.only] if options.only else QUESTIONS[options.device]:
             for row in run(question, roofline, done, options.rounds, options.dtype, options.device):
                 rows.append(row)
                 out.write(json.dumps(row) + "\n")
                 out.flush()
     print(summary([row for row in rows if "candidate" in row]))
+    if faults := {row["key"] for row in rows if "error" in row} - {row["key"] for row in rows if "error" not in row}:
+        raise SystemExit(f"{len(faults)} cases were wrong or refused: see above")
 
 
 @pytest.mark.parametrize("candidate", ["F.linear", "DTSLinear"])

@@ -86,9 +86,10 @@ class Point:
     def check(self, y: Tensor) -> None:
         bank = self.banks[0]
         truth = reference.linear(self.x.double(), self.weights[0].double(), None, *bank, self.ids)
-        error = (y.double() - truth).abs().max().item()
-        if not error < 0.05:
-            raise RuntimeError(f"wrong by {error}")
+        # Two roundings of a result, as base and delta may be added in 16 bits; and of levels and h.
+        excess = (y.double() - truth).abs() - 2 * torch.finfo(y.dtype).eps * truth.abs()
+        if not excess.max().item() < 0.03:
+            raise RuntimeError(f"wrong by {excess.max().item()}")
 
 
 def compile_one(arguments: tuple[int, int, int, torch.dtype, Config]) -> str | None:

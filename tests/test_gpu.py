@@ -71,6 +71,39 @@ def test_every_launch_of_the_decode_kernel_computes_the_same(shape, slices, depe
         assert torch.equal(again, y)
 
 
+@pytest.mark.skipif(gpu.why_not_cuda() is not None, reason=f"no CUDA kernels: {gpu.why_not_cuda()}")
+@pytest.mark.parametrize("shape", SHAPES, ids="-".join)
+def test_a_kernel_that_begins_early_waits_for_what_it_reads(shape):
+    """Each decodes what the one right before it has written: in a graph, so that nothing else lies between them."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would be a kernel between any two
+    size = 2056
+    layer, _ = layer_of(size, size, torch.bfloat16)
+    m = 8 * int(shape[0]) - 1
+    ids = torch.tensor([(i % 4) - 1 for i in range(m)], dtype=torch.int32, device="cuda")
+    x = torch.randn(m, size, device="cuda").bfloat16()
+    weight = layer.base_layer.weight
+
+    def chain(dependent: int, length: int = 20) -> torch.Tensor:
+        ys = [x, *(torch.empty_like(x) for _ in range(length))]
+        for before, after in zip(ys, ys[1:]):  # noqa: B905, RUF007
+            launch = [*map(int, shape), 1, dependent]
+            torch.ops.dts_fast.decode_(after, before, weight, None, *layer.bank.tensors, ids, launch)
+        return ys[-1]
+
+    wanted = chain(0)
+    assert wanted.isfinite().all()
+    assert wanted.any()
+    graph = torch.cuda.CUDAGraph()
+    chain(1)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        y = chain(1)
+    for _ in range(10):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, wanted)
+
+
 @pytest.mark.parametrize("m", [1, 16, 32, 64])
 def test_more_blocks_than_the_device_holds_at_once(m):
     """Blocks that wait for others must not keep these from starting."""

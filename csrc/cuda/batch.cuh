@@ -11,6 +11,10 @@
 
 namespace dts_fast::cuda {
 
+__device__ __forceinline__ void add(float4& sum, const float4& part) {
+  sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+}
+
 // Sets of rows, as bits; a lane of a warp speaks for one row, or for two, 32 apart.
 template <int kRowTiles>
 struct Rows {

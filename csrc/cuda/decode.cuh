@@ -9,8 +9,9 @@
 // How blocks agree, without a deadlock whatever the grid, the occupancy, and the order in which blocks run: the shrink
 // is cut into claims (a page, a part of K), and a block takes claims until none is left. Only then does it wait for
 // those that others hold, and who holds one is running and waits for nothing. Nobody resets anything before a launch:
-// kDone is incremented once for every page whose h is complete and once by every block that has seen the end, and wraps
-// around to 0 there; whoever wraps it around sets kClaimed to 0, which no one uses any more.
+// kDone is incremented once for every page whose h is complete (or every split, `sums_late`) and once by every block
+// that has seen the end, and wraps around to 0 there; whoever wraps it around sets kClaimed to 0, which no one uses any
+// more.
 //
 // Sums do not depend on timing: partial results are added up in the order of k, by whoever comes last. Nor on what the
 // other rows use: a page is added by a warp that its slot and its place in the list choose.
@@ -108,11 +109,12 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
         const int listed = min(shared.own_pages, S::kListed);
         copy_first_batches<kWarps>(p, place_of_block(p).in_n * kOutputs, listed, shared);
       }
+      if constexpr (kGroups == 1) prefetch_expand(p, place_of_block(p).in_n * kOutputs, shared);
       shrink_claims<T, kRowTiles, false>(p, claimed, blocks, shared);
       if (warp == kWarps) {
         if (lane == 0) set_flag(&shared.exhausted);
         if constexpr (kGroups == 1) stage_expand(p, place_of_block(p).in_n * kOutputs, shared);
-        if (lane == 0) wait_for(p.counters + kDone, shared.pages);
+        if (lane == 0) wait_for(p.counters + kDone, shared.pages * counts_of_page(p));
         __syncwarp();
       }
       if constexpr (kGroups > 1) {
@@ -151,7 +153,7 @@ __device__ __forceinline__ void decode_block(const DecodeProblem& p,
   if (warp == kWarps && lane == 0) {
     // Seen. All claims of this block were taken before the barriers above, and the last block to say so finds all
     // taken. Here, where no one waits for it.
-    const uint32_t bound = shared.pages + blocks - 1;
+    const uint32_t bound = shared.pages * counts_of_page(p) + blocks - 1;
     if (increment_is_last(p.counters + kDone, bound)) p.counters[kClaimed] = 0;
   }
   const auto [place_in_n, slice] = place_of_block(p);

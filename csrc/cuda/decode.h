@@ -35,6 +35,7 @@ struct DecodeProblem {
   int list_length;
   int m, n, k;
   int splits;            // of the shrink's sums over k
+  bool late;             // whether who expands adds up the splits (sums_late), and h is not read
   float* partial;        // [splits, m, 16 list_length], a page's ranks in the order of `place_in_h`
   void* h;               // [m, 16 list_length] in the type of x, in the same order
   int slices;            // of the base's sums over k, each in blocks of its own
@@ -103,6 +104,14 @@ constexpr int chunks_ahead(int row_tiles, int output_tiles, int groups, int warp
 // Parts of k that the shrink of a page is cut into. A function of k alone, so that h does not depend on the batch.
 constexpr int kSplit = 512;
 inline int choose_splits(int64_t k) { return static_cast<int>(k < 64 * kSplit ? (k + kSplit - 1) / kSplit : 64); }
+
+// Whether h is left in its splits, for every block that expands to add up. A split is then done when it is stored: two
+// fences, a count and a trip to memory fewer in the chain that all blocks wait for. But each block reads `splits` times
+// as much, in float32: where rows or splits are many, that would be a good part of what it reads of W.
+constexpr int kLateSplits = 8;
+inline bool sums_late(const DecodeShape& shape, int64_t m, int splits) {
+  return shape.row_tiles == 1 && 1 < splits && splits <= kLateSplits && m * splits <= 16;
+}
 
 // The instances that are compiled: (row tiles, output tiles, groups, warps).
 #define DTS_FAST_DECODE_SHAPES(X) \

@@ -5,8 +5,18 @@
 
 namespace dts_fast::cuda {
 
-// The block's words of U, and its tables, for the first of the batch's pages: from memory before h is there. Those of
-// the others come nearer.
+// The block's words of U, and its tables, come nearer: before the block shrinks, as who takes the last piece of that
+// would be the last to ask for them.
+template <class S>
+__device__ __forceinline__ void prefetch_expand(const DecodeProblem& p, int first, const S& shared) {
+  for (int number = threadIdx.x & 31; number < min(shared.pages, S::kNumbered); number += 32) {
+    const uint32_t* const page = p.pages + shared.page[number] * p.page_words;
+    prefetch(page + kULevels);
+    for (int output = first; output < min(first + S::kOutputs, p.n); output += 8) prefetch(page + p.u_tiles + output);
+  }
+}
+
+// They are here, of the first of the batch's pages, before h is there.
 template <class S>
 __device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, S& shared) {
   constexpr int kAtOnce = 4, kOutputs = S::kOutputs, kWords = (kOutputs + 31) / 32;
@@ -34,11 +44,6 @@ __device__ __forceinline__ void stage_expand(const DecodeProblem& p, int first, 
       }
       if (lane == 0) shared.levels[q + i] = levels[i];
     }
-  }
-  for (int number = staged + lane; number < min(shared.pages, S::kNumbered); number += 32) {
-    const uint32_t* const page = p.pages + shared.page[number] * p.page_words;
-    prefetch(page + kULevels);
-    for (int output = first; output < min(first + kOutputs, p.n); output += 8) prefetch(page + p.u_tiles + output);
   }
 }
 
@@ -150,6 +155,30 @@ __device__ __forceinline__ void fetch_expansion(const DecodeProblem& p, int firs
       to.codes[i] = load_codes<2 * kOutputTiles>(from, staged);
     }
     next.advance();
+  }
+  if constexpr (kRowTiles == 1) {
+    if (p.late) {
+      float4 splits[kPages][kLateSplits];
+#pragma unroll
+      for (int i = 0; i < kPages; ++i) {
+        const bool there = row[i] >= 0 && R::has(to.users[i], g);
+        const float* const of_page = p.partial + g * width + at[i] * kRanks + 4 * t;
+#pragma unroll
+        for (int split = 0; split < kLateSplits; ++split) {
+          const float* const part = of_page + static_cast<int64_t>(split) * p.m * width;
+          splits[i][split] =
+              there && split < p.splits ? __ldcg(reinterpret_cast<const float4*>(part)) : float4{0, 0, 0, 0};
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kPages; ++i) {
+        float4 sum = {};
+#pragma unroll
+        for (int split = 0; split < kLateSplits; ++split) add(sum, splits[i][split]);
+        to.h[i][0] = {pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w)};
+      }
+      return;
+    }
   }
 #pragma unroll
   for (int i = 0; i < kPages; ++i) {

@@ -79,6 +79,7 @@ void decode(at::Tensor& y, const at::Tensor& x, const std::optional<at::Tensor>&
   p.slot_ids = bank.slot_ids.const_data_ptr<int32_t>(), p.list_length = static_cast<int>(length);
   p.m = static_cast<int>(m), p.n = static_cast<int>(n), p.k = static_cast<int>(k);
   p.splits = splits;
+  p.late = sums_late(shape, m, splits);
   // Not measured yet, so only where a bench asks for it.
   p.dependent = !wanted.empty() && wanted[5] && dependent_launches();
   p.partial = partial, p.h = partial + splits * h_size;

@@ -5,10 +5,6 @@
 
 namespace dts_fast::cuda {
 
-__device__ __forceinline__ void add(float4& sum, const float4& part) {
-  sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-}
-
 // x V of one page for some of 8 kTiles rows, the first of them at `x`, over the chunks [begin, end) of k, by one warp:
 // sums [16 ranks, 8 rows].
 template <class T, int kTiles>
@@ -81,8 +77,11 @@ __device__ __forceinline__ void shrink_page(const DecodeProblem& p, const uint32
   }
 }
 
-// One split of page number `number` of the batch, which is of the slot of row `first`, by one warp. Returns whether
-// that completes the page's h.
+// How often a page is counted until its h can be used.
+__device__ __forceinline__ uint32_t counts_of_page(const DecodeProblem& p) { return p.late ? p.splits : 1; }
+
+// One split of page number `number` of the batch, which is of the slot of row `first`, by one warp. Returns whether it
+// is to be counted: when it completes the page's h, or always (`counts_of_page`).
 template <class T, int kRowTiles, bool kOtherSums, class S>
 __device__ __forceinline__ bool shrink_split(const DecodeProblem& p, const S& shared, int number, int first,
                                              int split) {
@@ -96,11 +95,10 @@ __device__ __forceinline__ bool shrink_split(const DecodeProblem& p, const S& sh
   const float weight = __ldg(p.slot_weights + entry), s0 = __ldg(s + g), s1 = __ldg(s + g + 8);
   const float4 u = load_levels(page, kULevels), v = load_levels(page, kVLevels);
   const int chunks = (here(p.k) + kChunk - 1) / kChunk, span = (chunks + p.splits - 1) / p.splits;
-  if (kRowTiles > 2) {
-    // Registers do not hold all of a split's codes: those that are loaded later come nearer meanwhile, 2 KiB.
-    const uint32_t* const codes = page + kTiles + (split * span + lane / 2) * kChunkWords + lane % 2 * kTileWords;
-    if (lane / 2 < min(span, chunks - split * span)) prefetch(codes), prefetch(codes + kTileWords / 2);
-  }
+  // Registers do not hold all of a split's codes, or a compiler does not use them so: those that are loaded later come
+  // nearer meanwhile, 2 KiB.
+  const uint32_t* const codes = page + kTiles + (split * span + lane / 2) * kChunkWords + lane % 2 * kTileWords;
+  if (lane / 2 < min(span, chunks - split * span)) prefetch(codes), prefetch(codes + kTileWords / 2);
   const int64_t width = static_cast<int64_t>(kRanks) * here(p.list_length);
   T* const h = static_cast<T*>(p.h);
   // `rows` of so many tiles, the first of which begins at row `before`.
@@ -152,7 +150,7 @@ __device__ __forceinline__ bool shrink_split(const DecodeProblem& p, const S& sh
       if (rows) shrink_rows(rows, 32 * half);
     }
   }
-  if (p.splits == 1) return true;
+  if (p.splits == 1 || p.late) return true;
   // Whoever comes last adds up all splits, in their order. What the warp has stored is released with lane 0's count,
   // and what others have is acquired with it.
   __syncwarp();
@@ -166,7 +164,7 @@ __device__ __forceinline__ bool shrink_split(const DecodeProblem& p, const S& sh
     if (!R::has(same, row)) continue;
     const int64_t at = row * width + place_in_list * kRanks + 4 * (lane & 3);
     float4 sum = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < splits; ++i) {
       const float4 part =
           __ldcg(reinterpret_cast<const float4*>(p.partial + static_cast<int64_t>(i) * p.m * width + at));
@@ -202,7 +200,9 @@ __device__ __forceinline__ void shrink_claims(const DecodeProblem& p, uint32_t n
     const int first = R::first(R::where([&](int half) { return shared.holds(lane + 32 * half, number); }));
     const bool complete = shrink_split<T, kRowTiles, kOtherSums>(p, shared, number, first, split);
     __syncwarp();
-    if (complete && lane == 0) increment_release(p.counters + kDone, shared.pages + blocks - 1);
+    if (complete && lane == 0) {
+      increment_release(p.counters + kDone, shared.pages * counts_of_page(p) + blocks - 1);
+    }
     if (!ahead) next = claim(p);
   }
 }

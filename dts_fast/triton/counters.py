@@ -4,6 +4,7 @@ launch leaves it so."""
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -49,6 +50,9 @@ def _take(count: int, device: torch.device) -> Tensor:
 
 
 def _new_slab(count: int, device: torch.device) -> Tensor:
-    slab = torch.zeros(count, dtype=torch.int32, device=device)
+    # In a thread of its own: what this one allocates may go to the private memory of a graph that torch.compile warms
+    # up, and slabs outlive graphs.
+    with ThreadPoolExecutor(1) as thread:
+        slab = thread.submit(torch.zeros, count, dtype=torch.int32, device=device).result()
     torch.cuda.synchronize(device)  # set before any other stream counts
     return slab

@@ -176,9 +176,21 @@ void run(const Case& c) {
   for (uint32_t counter : counters) {
     if (counter) fail("a counter is not 0 after the launch", c);
   }
+  const auto first_y = y;
+  // Once more with the splits added up by who expands: all bits must stay.
+  if (sums_late(shape, c.m, c.splits)) {
+    p.late = true;
+    y = kBase ? y : before;
+    std::fill(h.begin(), h.end(), Bf16{0x7fc0});
+    if (!launch()) fail("blocks wait for ever", c);
+    for (uint32_t counter : counters) {
+      if (counter) fail("a counter is not 0 after the launch", c);
+    }
+    if (std::memcmp(y.data(), first_y.data(), 2 * y.size())) fail("late sums are others", c);
+    p.late = draw(0, 1);
+  }
   // Once more with other slots for the other rows: the row's bits must stay.
   const int kept = draw(0, c.m - 1);
-  const auto first_y = y;
   const auto first_ids = ids;
   for (int m = 0; m < c.m; ++m) ids[m] = m == kept ? ids[m] : draw(-1, c.slots - 1);
   y = kBase ? y : before;
@@ -253,6 +265,11 @@ void run_many(int count) {
               draw(1, 3)};
     run<kRowTiles, kOutputTiles, kGroups, kWarps, true>(c);
     run<kRowTiles, kOutputTiles, kGroups, kWarps, false>(c);
+  }
+  if (kRowTiles == 1) {  // the most splits that who expands adds up
+    const Case late = {2, 100, 8 * 60, 2, 3, kLateSplits, 1, 3};
+    run<kRowTiles, kOutputTiles, kGroups, kWarps, true>(late);
+    run<kRowTiles, kOutputTiles, kGroups, kWarps, false>(late);
   }
   // Every loop more than once: refilled registers, more pages than warps and than are staged, more than one split.
   const int ahead = chunks_ahead(kRowTiles, kOutputTiles, kGroups, kWarps);
