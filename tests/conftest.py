@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+# Before torch is imported, and for children as well: small tensors want no second thread, and compilers run beside the
+# tests (`_compile_ahead`), which a thread that spins would wait for.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from hypothesis import settings
@@ -99,6 +103,23 @@ def _compile_ahead(request):
     for name, needed in _COMPILE_AHEAD.items():
         if name in wanted and (shutil.which(needed) or find_spec(needed)):
             request.getfixturevalue(name)
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """As many for what divides its work among them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads():
+    with threads(2):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,8 @@ from dts_fast.bank import Arena, Bank, give_back_memory
 from dts_fast.errors import CapacityError
 from dts_fast.writes import Writes
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def pages(count: int, value: int) -> torch.Tensor:
     return torch.full((count, 128), value, dtype=torch.uint8)

@@ -37,8 +37,9 @@ def test_the_main_job(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "BUDGETS", (0.04,))
     monkeypatch.setattr(demo, "DISTILLED", (0.04,))
     monkeypatch.setattr(demo, "DISTILL_STEPS", 6)
+    monkeypatch.setattr(demo, "DISTILL_BATCH", 4)
     monkeypatch.setattr(demo_lm, "bits_per_byte", _short(demo_lm.bits_per_byte))
-    variants = demo.run(tmp_path / "out", steps=60)
+    variants = demo.run(tmp_path / "out", steps=45)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [v["kind"] for v in results["variants"]] == list(demo_lm.KINDS) == [v.kind for v in variants]
     for v in results["variants"]:

@@ -8,6 +8,8 @@ import torch
 from dts_fast import native
 from dts_fast.descent import _descend_plain, descend_
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ISAS = native.MODULE.cpu_isas() if native.MODULE else []
 
 

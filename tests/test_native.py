@@ -17,6 +17,8 @@ import torch
 import dts_fast
 from dts_fast import native, ops  # noqa: F401  (defines the ops)
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ROOT = Path(dts_fast.__file__).parent.parent
 
 

@@ -24,6 +24,8 @@ from dts_fast.codes import (
 from dts_fast.mixture import mix
 from dts_fast.writes import Kept, NotKeptError, Writes, send_pages, send_vectors
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 

@@ -13,6 +13,8 @@ from dts_fast.errors import BaseMismatchError, DTSError
 from dts_fast.packing import pack_weight
 from dts_fast.prepack import PackedLinear, pack_, unpack_
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 needs_native = pytest.mark.skipif(native.MODULE is None, reason="packed weights are for the native CPU kernels")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
