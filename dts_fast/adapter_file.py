@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .atomic import staged_directory
+from .atomic import Marker, staged_directory
 from .checkpoint import fetch_from_hub, hub_id
 from .codes import CodedMatrix, CodedVector, Delta, DeltaSum, LowRankDelta, matrix_shape, packed_size, terms_of
 from .errors import AdapterFormatError, DTSError
@@ -32,6 +32,7 @@ from .errors import AdapterFormatError, DTSError
 FORMAT_VERSION = 1
 PEFT_TYPE = "DTS"
 CONFIG_NAME = "adapter_config.json"
+MARKER = Marker(CONFIG_NAME, PEFT_TYPE)
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 
@@ -121,7 +122,7 @@ def save_adapter(path: str | Path, adapter: Adapter, card: str, *, overwrite: bo
         seen.add(own.data_ptr())
     weights = save(tensors, metadata=_METADATA)
     config = finish_config(adapter, hashlib.sha256(weights).hexdigest())
-    with staged_directory(Path(path), overwrite=overwrite, marker=CONFIG_NAME) as staging:
+    with staged_directory(Path(path), overwrite=overwrite, marker=MARKER) as staging:
         (staging / WEIGHTS_NAME).write_bytes(weights)
         (staging / CONFIG_NAME).write_bytes(encode_config(config))
         (staging / CARD_NAME).write_text(card, encoding="utf-8")
@@ -272,7 +273,9 @@ def read_config(folder: Path) -> dict[str, object]:
     """
     file = folder / CONFIG_NAME
     if not file.is_file():
-        raise AdapterFormatError(f"{folder}: expected an adapter directory with {CONFIG_NAME}, found none.")
+        below = sorted(f.parent.name for f in folder.glob(f"*/{CONFIG_NAME}"))
+        hint = f" There are adapters in directories below it: {', '.join(below[:5])}." if below else ""
+        raise AdapterFormatError(f"{folder}: expected an adapter directory with {CONFIG_NAME}, found none.{hint}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,11 +16,38 @@ from safetensors import SafetensorError
 from .errors import DTSError
 
 
-def check_target(target: Path, *, overwrite: bool, marker: str) -> None:
+@dataclass(frozen=True)
+class Marker:
+    """A file that tells what kind of directory one is.
+
+    Attributes:
+        name: the file's.
+        peft_type: of an ``adapter_config.json``, what is to stand there.
+    """
+
+    name: str
+    peft_type: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.peft_type is None else f"{self.name} of peft_type {self.peft_type}"
+
+    def marks(self, folder: Path) -> bool:
+        if not (folder / self.name).is_file():
+            return False
+        if self.peft_type is None:
+            return True
+        try:
+            config = json.loads((folder / self.name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return True  # damaged: who overwrites it loses nothing
+        return not isinstance(config, dict) or config.get("peft_type", self.peft_type) == self.peft_type
+
+
+def check_target(target: Path, *, overwrite: bool, marker: Marker) -> None:
     """Refuse a target early, before work is spent on it.
 
     Args:
-        marker: a file that tells that an existing directory is of the kind about to be written; any other is kept.
+        marker: tells that an existing directory is of the kind about to be written; any other is kept.
 
     Raises:
         DTSError: it exists and must not be overwritten, or its parent is not writable.
@@ -26,13 +55,18 @@ def check_target(target: Path, *, overwrite: bool, marker: str) -> None:
     if os.path.ismount(target):
         raise DTSError(f"{target} is a mount point, which cannot be replaced whole. Choose a directory below it.")
     if target.exists() and not (target.is_dir() and os.access(target, os.R_OK) and not any(target.iterdir())):
-        if not (target / marker).is_file():
+        if not marker.marks(target):
             raise DTSError(
                 f"{target} exists and holds no {marker}, so it is something else, which is not overwritten; nothing "
                 "was changed. Choose another path."
             )
         if not overwrite:
             raise DTSError(f"{target} exists already; nothing was changed. Choose another path, or pass --overwrite.")
+        if any(entry.is_dir() for entry in target.iterdir()):
+            raise DTSError(
+                f"{target} holds directories, which would be lost; nothing was changed. Move them away, or choose "
+                "another path."
+            )
     parent = next(folder for folder in target.absolute().parents if folder.exists())
     try:
         os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
@@ -41,7 +75,7 @@ def check_target(target: Path, *, overwrite: bool, marker: str) -> None:
 
 
 @contextmanager
-def staged_directory(target: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
+def staged_directory(target: Path, *, overwrite: bool, marker: Marker) -> Iterator[Path]:
     """A hidden directory beside ``target`` to write files in; on leaving it is synced and renamed to ``target``.
 
     A process that is killed on the way leaves no half-written directory of the target's name. (An overwritten one is

@@ -372,15 +372,34 @@ class VectorTable(nn.Module):
     Args:
         base: the base's parameter ``[n]``.
         num_slots: S.
+        owner: the layer that has it, and its name there: where it is looked for when a state dict has been loaded.
     """
 
     values: Tensor
 
     @torch.inference_mode(False)
-    def __init__(self, base: Tensor, num_slots: int) -> None:
+    def __init__(self, base: Tensor, num_slots: int, owner: tuple[nn.Module, str] | None = None) -> None:
         super().__init__()
         self.register_buffer("values", base.detach().repeat(num_slots + 1, 1), persistent=False)
         self.deltas: dict[int, Delta] = {}
+        self._owner = owner
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        if self._owner is not None:  # a sibling that came before, and has its parameters by now
+            layer, name = self._owner
+            self._follow(layer._parameters.get(name, layer._buffers.get(name)))
+
+    @_outside_inference_mode
+    @torch.no_grad()
+    def _follow(self, base: Tensor) -> None:
+        """Take over another base."""
+        values = self._buffers["values"]
+        if torch.equal(values[-1], base):
+            return
+        values.copy_(base)
+        for slot, delta in self.deltas.items():
+            write_any_vector(values.select(0, slot), values.select(0, -1), delta)
 
     @property
     def nbytes(self) -> int:

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
-from .checkpoint import Checkpoint, hub_id
+from .checkpoint import HUB_KEYS, Checkpoint, hub_id
 from .endings import EOS_KEY, as_ends, end_tokens
 from .errors import CheckpointError, DTSError
-
-# Settings of a model that a fine-tune may change, while the base that it is served from keeps its own.
-_OF_THE_BASE = ("tie_word_embeddings", "vocab_size", "scale_decoder_outputs")
-
-
-def _changed(own: Mapping[str, object], changed: Mapping[str, object]) -> dict[str, object]:
-    """The base's settings with those of the fine-tune that go with its class; also within nested ones (a text model's
-    within those of a model for images and text)."""
-    settings = {**own, **changed}
-    for key in _OF_THE_BASE:
-        settings.pop(key, None)
-        if key in own:
-            settings[key] = own[key]
-    tokens, padding = settings.get("vocab_size"), settings.get("pad_token_id")
-    if isinstance(tokens, int) and isinstance(padding, int) and padding >= tokens:
-        settings["pad_token_id"] = own.get("pad_token_id")  # one that was added, which no table of the base has
-    for key, value in changed.items():
-        if isinstance(value, Mapping) and isinstance(own.get(key), Mapping):
-            settings[key] = _changed(own[key], value)
-    return settings
+from .settings import as_served, conflicts
 
 
 def _set_padding(config: object, changed: Mapping[str, object]) -> None:
@@ -51,16 +33,22 @@ def _as_used(model: nn.Module, checkpoint: Checkpoint, changed: Mapping[str, obj
     return model
 
 
-def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict) -> nn.Module:
-    """The base's weights in the model class of the fine-tune.
+def load_base(
+    base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict
+) -> tuple[nn.Module, dict[str, object]]:
+    """The base's weights in the model class of the fine-tune, and with its settings.
 
     Args:
         base_model: directory, ``.safetensors`` file or hub id (``org/name`` or ``org/name@revision``).
         changed: the settings that the fine-tune has changed (``model_config`` of its adapter).
         model_kwargs: for the ``from_pretrained`` of transformers.
 
+    Returns:
+        The model; and where it computes otherwise than the base, because the fine-tune has changed a setting, the
+        base's, by dotted keys (there is a warning then), and the base's number of classes.
+
     Raises:
-        CheckpointError: it cannot be read, or has no config.json.
+        CheckpointError: it cannot be read, has no config.json, or is of no class of transformers.
         DTSError: transformers is not installed.
     """
     try:
@@ -69,27 +57,55 @@ def load_base(base_model: str | Path, changed: Mapping[str, object], model_kwarg
         raise DTSError(
             "loading a base model by its path needs transformers: pip install 'dts_fast[hf]', or pass a loaded model."
         ) from error
+    model_kwargs = dict(model_kwargs)
     revision = model_kwargs.pop("revision", None)
-    if revision is not None:
+    if revision is not None and not Path(base_model).exists():  # a directory has none
         base_model = f"{base_model}@{revision}"
-    checkpoint = Checkpoint.open(base_model)
+    if "subfolder" in model_kwargs:
+        raise DTSError("subfolder: a base is a whole directory or repository. Give the path of the directory.")
+    checkpoint = Checkpoint.open(base_model, **{key: model_kwargs[key] for key in HUB_KEYS if key in model_kwargs})
     # A base that ties its head stays tied: an untied head of the fine-tune comes whole with the adapter.
     # Nor has it more tokens than it has: those that a fine-tune has added come with the adapter, too.
-    settings = _changed(checkpoint.config, changed)
+    settings = as_served(checkpoint.config, changed)
     if not checkpoint.config:
         raise CheckpointError(f"{base_model}: expected a config.json beside the weights, found none.")
     architecture = (settings.get("architectures") or [None])[0]
-    model_class = getattr(transformers, str(architecture), transformers.AutoModel)
-    config = transformers.AutoConfig.for_model(**settings)
+    found = getattr(transformers, str(architecture), None)
+    model_class = found if isinstance(found, type) and hasattr(found, "from_pretrained") else transformers.AutoModel
+    try:
+        config = transformers.AutoConfig.for_model(**settings)
+        unchanged = transformers.AutoConfig.for_model(**checkpoint.config)
+    except (TypeError, ValueError) as error:
+        kind = settings.get("model_type")
+        raise CheckpointError(
+            f"{base_model}: transformers has no models of type {kind!r}, or its config.json is not as expected "
+            f"({str(error)[:200]}). Load it yourself, with trust_remote_code=True where it brings its own code, and "
+            "pass the model: DTSModel.from_pretrained(model, adapter)."
+        ) from error
+    own = _own_settings(unchanged, as_served(checkpoint.config, changed), base_model)
     path = Path(base_model)
     if path.is_file():
         weights = checkpoint.as_stored()
         if model_class is transformers.AutoModel:
             model_class = type(model_class.from_config(config))
         model = model_class.from_pretrained(None, config=config, state_dict=weights, **model_kwargs).eval()
-        return _as_used(model, checkpoint, changed)
+        return _as_used(model, checkpoint, changed), own
     repo_id, revision = (str(base_model), None) if path.is_dir() else hub_id(base_model)
     if revision is not None:
         model_kwargs["revision"] = revision
     model = model_class.from_pretrained(repo_id, config=config, **model_kwargs).eval()
-    return _as_used(model, checkpoint, changed)
+    return _as_used(model, checkpoint, changed), own
+
+
+def _own_settings(unchanged: object, served: Mapping[str, object], base_model: str | Path) -> dict[str, object]:
+    found = conflicts(unchanged, served)
+    if found:
+        said = ", ".join(f"{c.key} = {c.wanted} (the base: {c.have})" for c in found)
+        warnings.warn(
+            f"{base_model} is loaded with settings of the fine-tune, {said}: they hold for all rows, so that those of "
+            "'__base__' are not the base's. Adapters of fine-tunes with other settings are refused.",
+            stacklevel=4,
+        )
+    own = {c.key: c.have for c in found}
+    classes = getattr(unchanged, "num_labels", None)
+    return own if classes is None else {**own, "num_labels": classes}

@@ -65,6 +65,8 @@ class Calls:
         """
         while isinstance(outer := current_route(), BatchRoute) and outer.lease.table is self.slots:
             outer.__exit__()  # of a call of the bare model that was interrupted: its hooks did not run
+        if outer is not None and outer.disables is self.slots:
+            return self._base_route(expandable, main)
         if adapter_names is None and outer is not None:
             if outer.lease is not None and outer.lease.table is self.slots:
                 return nullcontext()
@@ -142,15 +144,26 @@ class Calls:
             raise
         entered.__enter__()
 
-    def refuse_labels(self, kwargs: Mapping[str, object]) -> None:
-        """Causal models compute their loss with the base's number of tokens.
+    def refuse_labels(self, kwargs: Mapping[str, object], classes_of: Callable[[str], int | None]) -> None:
+        """Causal models compute their loss with the base's number of tokens, and classifiers with that of the model's
+        classes.
+
+        Args:
+            classes_of: an adapter's, where it is known.
 
         Raises:
-            DTSError: labels, in a call whose adapters have more.
+            DTSError: labels, in a call whose adapters have others.
         """
         current, config = current_route(), getattr(self.live.root, "config", None)
         if kwargs.get("labels") is None or getattr(config, "is_encoder_decoder", False):
             return
+        names = self.slots.active if current is None else current.adapter_names
+        numbers = {classes_of(name) for name in ([names] if isinstance(names, str) else names)} - {None}
+        if "Classification" in type(self.live.root).__name__ and numbers - {getattr(config, "num_labels", None)}:
+            raise DTSError(
+                f"labels: adapters of this call have {', '.join(map(str, sorted(numbers)))} classes, the model would "
+                f"compute the loss with {config.num_labels}. Compute it from the logits."
+            )
         if current is None or current.lease is None or getattr(self.live.root, "get_output_embeddings", None) is None:
             return
         slots = set(current.lease.slots.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -80,16 +81,17 @@ class Checkpoint:
     folder: Path | None = None
 
     @classmethod
-    def open(cls, source: str | Path, *, stacks: bool = False) -> Checkpoint:
+    def open(cls, source: str | Path, *, stacks: bool = False, **hub: object) -> Checkpoint:
         """Read the headers of a ``.safetensors`` file, a directory (single file or sharded) or a hub id.
 
         Args:
             stacks: leave stacks of experts as they are (of a file that is no model's).
+            hub: of `HUB_KEYS`, for a repository.
 
         Raises:
             CheckpointError: nothing there, a pickle checkpoint, a damaged file, a shard missing.
         """
-        files, folder = _locate(source)
+        files, folder = _locate(source, hub)
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             for name, info in _read_header(file, stacks).items():
@@ -135,7 +137,7 @@ class Checkpoint:
         return tensors
 
 
-def _locate(source: str | Path) -> tuple[list[Path], Path]:
+def _locate(source: str | Path, hub: Mapping[str, object]) -> tuple[list[Path], Path]:
     """The safetensors files of a checkpoint, and the folder that holds its config."""
     path = Path(source)
     if path.is_file():
@@ -151,7 +153,7 @@ def _locate(source: str | Path) -> tuple[list[Path], Path]:
     if path.is_dir():
         return _files_of_directory(path), path
     if hub_id(source) is not None:
-        folder = fetch_from_hub(str(source))
+        folder = fetch_from_hub(str(source), **hub)
         return _files_of_directory(folder), folder
     raise CheckpointError(f"{source}: no such file or directory, and not a hub id either.")
 
@@ -234,11 +236,16 @@ def hub_id(source: str | Path) -> tuple[str, str | None] | None:
     return match and (match[1], match[2])
 
 
-def fetch_from_hub(source: str) -> Path:
+# What huggingface_hub and the ``from_pretrained`` of transformers call alike.
+HUB_KEYS = ("token", "cache_dir", "local_files_only")
+
+
+def fetch_from_hub(source: str, **hub: object) -> Path:
     """Download (or find in the cache) the files of a hub repository that a model or an adapter is read from.
 
     Args:
         source: see `hub_id`.
+        hub: of `HUB_KEYS`.
 
     Raises:
         CheckpointError: the hub cannot be reached, or has no such repository or revision.
@@ -247,7 +254,9 @@ def fetch_from_hub(source: str) -> Path:
 
     repo_id, revision = hub_id(source) or (source, None)
     try:
-        folder = snapshot_download(repo_id, revision=revision, allow_patterns=_FROM_HUB, ignore_patterns=_NOT_FROM_HUB)
+        folder = snapshot_download(
+            repo_id, revision=revision, allow_patterns=_FROM_HUB, ignore_patterns=_NOT_FROM_HUB, **hub
+        )
     except Exception as error:  # the hub raises many unrelated types: HTTP, validation, cache and OS errors
         raise CheckpointError(
             f"{source}: no such local path, and the hub did not give it ({type(error).__name__}: {error})."
@@ -335,16 +344,19 @@ def pair_tensors(
 
     Raises:
         CheckpointError: base tensors missing from the fine-tune, or shapes that differ; all of them are listed. Or
-            ``include`` or ``whole`` match nothing.
+            ``include`` or ``whole`` match nothing (``exclude``: a warning).
     """
     strip, add = common_prefix(model.tensors, base.tensors)
     model_name = {add + name.removeprefix(strip): name for name in model.tensors}
-    for option, pattern in (("include", include), ("whole", whole)):
+    for option, pattern in (("include", include), ("exclude", exclude), ("whole", whole)):
         if pattern and not any(re.search(pattern, name) for name in base.tensors.keys() | model_name.keys()):
-            raise CheckpointError(
+            said = (
                 f"--{option} {pattern!r} matches no tensor of {base.source}; its names are like "
                 f"{_listing(sorted(base.tensors)[:3])}."
             )
+            if option != "exclude":
+                raise CheckpointError(said)
+            warnings.warn(said, stacklevel=4)  # one pattern may be for many models
     pairs, added, tied, skipped, grown, missing, shapes = {}, {}, {}, {}, set(), [], []
     both = {n: (base.tensors[n].shape, model.tensors[t].shape) for n, t in model_name.items() if n in base.tensors}
     tables = [own for name, own in both.items() if is_embedding(name, own[0]) and is_token_table(name)]

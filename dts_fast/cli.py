@@ -145,9 +145,13 @@ def distill(adapter, base_model, model, data, out_path, field, max_length, batch
     """Bring the predictions of an adapter D nearer to its fine-tune's, at the same size, by texts."""
     from .distill import DistillConfig
     from .distill import distill as run
+    from .errors import DTSError
+    from .lora import is_lora
     from .texts import load_tokenizer, read_texts, text_batches
 
     config, texts = DistillConfig(**settings), read_texts(data, field)
+    if is_lora(model):
+        raise DTSError(f"{model} is a PEFT LoRA; distill runs whole models. Merge it (merge_and_unload of PEFT).")
     batches = text_batches(texts, load_tokenizer(model), batch_size, max_length)
     with _progress() as progress:
         report = run(adapter, base_model, model, batches, out_path, config, overwrite=overwrite, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapter_file import CONFIG_NAME, Parameter, directory_size, save_adapter
+from .adapter_file import MARKER, Parameter, directory_size, save_adapter
 from .atomic import check_target
 from .characteristic import encode_characteristic, read_characteristic
 from .checkpoint import Checkpoint
@@ -84,7 +85,7 @@ def compress(
         if not isinstance(path, (str, Path)):
             raise DTSError(f"{name}: expected a path or a hub id, got {type(path).__name__}.")
     out_path = Path(out_path)
-    check_target(out_path, overwrite=overwrite, marker=CONFIG_NAME)
+    check_target(out_path, overwrite=overwrite, marker=MARKER)
     base = Checkpoint.open(config.reference or base_model)
     fine_tune = open_fine_tune(model, base_model)
     base_nbytes = base.nbytes if config.reference is None else Checkpoint.open(base_model).nbytes
@@ -107,6 +108,9 @@ def compress(
                 skipped[name] = found
             else:
                 parameters[name], errors[name] = found
+        if not parameters:
+            reasons = ", ".join(sorted(set(skipped.values()))) or "the base has no parameters"
+            warnings.warn(f"the adapter is empty: no tensor of {model} is left to store ({reasons}).", stacklevel=2)
         if progress is not None:
             progress("writing", len(names), len(names))
         fingerprint = take_fingerprint(base.get, [n for n, p in parameters.items() if not isinstance(p, Tensor)])

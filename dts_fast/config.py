@@ -76,11 +76,13 @@ class DTSConfig:
                 raise DTSError(f"{name} must be a number (1 % is 0.01), got {value!r}.")
             if value is not None and not 0 < value <= 1:
                 raise DTSError(f"{name} must lie above 0 and up to 1 (1 % is 0.01), got {value}.")
+        if self.budget == 1:
+            raise DTSError("budget: 1 is the whole size of the base. Give a share, such as 0.01, or 1% in a command.")
         if self.encoder is not None and self.characteristic is None:
             raise DTSError("encoder is given without a characteristic for it to encode. Give both, or neither.")
         for name in ("rank", "rank_multiple"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, Integral) or value < 0):
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 0):
                 raise DTSError(f"{name} must be an integer, not negative, got {value!r}.")
         if self.method not in METHODS:
             raise DTSError(f"unknown method {self.method!r}; known: {', '.join(sorted(METHODS))}.")

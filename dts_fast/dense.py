@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic import staged_directory
+from .atomic import Marker, staged_directory
 from .checkpoint import Checkpoint, encode_numbers
 from .errors import CheckpointError, DTSError
 from .pieces import Piece
@@ -33,6 +33,7 @@ def write_like(
     config: Mapping[str, object] | None = None,
     generation: Mapping[str, object] | None = None,
     overwrite: bool = False,
+    read: Sequence[Checkpoint] = (),
 ) -> None:
     """Write a checkpoint directory with the files of ``like``.
 
@@ -41,6 +42,7 @@ def write_like(
         added: tensors beyond those, written to the last file.
         config: keys of ``config.json`` that differ from ``like``'s.
         generation: keys of ``generation_config.json`` that do, if there is one.
+        read: what is read besides, and so cannot be the target.
 
     Raises:
         DTSError: the target exists or cannot be written.
@@ -51,7 +53,9 @@ def write_like(
     single = len(files) == 1
     marker = "model.safetensors" if single else "model.safetensors.index.json"
     weight_map, total = {}, 0
-    with staged_directory(Path(out_path), overwrite=overwrite, marker=marker) as staging:
+    if Path(out_path).resolve() in {checkpoint.folder.resolve() for checkpoint in (like, *read)}:
+        raise DTSError(f"{out_path} is what is read; nothing was changed. Choose another path.")
+    with staged_directory(Path(out_path), overwrite=overwrite, marker=Marker(marker)) as staging:
         for number, (file, names) in enumerate(files.items(), start=1):
             target = "model.safetensors" if single else file.name
             tensors = {name: tensor_of(name) for name in names}
@@ -143,4 +147,4 @@ def average(models: Sequence[str | Path], out_path: str | Path, *, overwrite: bo
             total = total + other.get(name)
         return (total / len(checkpoints)).to(tensor.dtype)
 
-    write_like(first, out_path, mean, overwrite=overwrite)
+    write_like(first, out_path, mean, overwrite=overwrite, read=checkpoints)

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .adapter_file import CONFIG_NAME, Adapter, Parameter, directory_size, load_adapter, save_adapter, total_size
+from .adapter_file import MARKER, Adapter, Parameter, directory_size, load_adapter, save_adapter, total_size
 from .atomic import check_target
 from .attach import Owned
 from .base import load_base
-from .checkpoint import Checkpoint, common_prefix
+from .checkpoint import HUB_KEYS, Checkpoint, common_prefix
 from .codes import LowRankDelta
 from .divergence import Batch, Loss, default_loss
 from .errors import AdapterFormatError, CheckpointError, DTSError
@@ -37,6 +37,8 @@ from .model import DTSModel
 from .nn import DTSEmbedding, DTSLinear
 from .plan import assemble
 from .trainable import TrainableDelta
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,21 @@ class DistillConfig:
     model_kwargs: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("steps", "seed"):
+            if type(getattr(self, name)) is not int:
+                raise DTSError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
         if self.steps < 1:
             raise DTSError(f"steps must be 1 or more, got {self.steps}.")
+        for name in ("learning_rate", "scale_learning_rate", "held_out"):
+            if type(getattr(self, name)) not in (int, float):
+                raise DTSError(f"{name} must be a number, got {getattr(self, name)!r}.")
         for name in ("learning_rate", "scale_learning_rate"):
-            if not getattr(self, name) >= 0:
-                raise DTSError(f"{name} must not be negative, got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise DTSError(f"{name} must be finite and not negative, got {getattr(self, name)}.")
         if not 0 < self.held_out < 1:
             raise DTSError(f"held_out must lie between 0 and 1, got {self.held_out}.")
-        dtype = getattr(torch, str(self.dtype), None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise DTSError(f"dtype: expected the name of a floating-point dtype such as bfloat16, got {self.dtype!r}.")
+        if self.dtype not in _DTYPES:
+            raise DTSError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}.")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -141,22 +148,23 @@ def distill(
     for name, path in (("adapter", adapter), ("base_model", base_model), ("model", model), ("out_path", out_path)):
         if not isinstance(path, (str, Path)):
             raise DTSError(f"{name}: expected a path or a hub id, got {type(path).__name__}.")
+    if not isinstance(config, DistillConfig | None):
+        raise DTSError(f"config: expected a DistillConfig, got {type(config).__name__}.")
     config, out_path = config or DistillConfig(), Path(out_path)
-    batches = list(batches)
-    if len(batches) < 2:
-        raise DTSError(f"distill takes two batches or more, one to learn from and one to measure, got {len(batches)}.")
-    check_target(out_path, overwrite=overwrite, marker=CONFIG_NAME)
+    batches = _checked(batches)
+    check_target(out_path, overwrite=overwrite, marker=MARKER)
     source = load_adapter(adapter)
     if None in source.config["errors"]:
         raise AdapterFormatError(f"{adapter} is a mixture of adapters: there is no fine-tune to learn from.")
-    checkpoints = Checkpoint.open(base_model), open_fine_tune(model, base_model)
+    hub = {key: config.model_kwargs[key] for key in HUB_KEYS if key in config.model_kwargs}
+    checkpoints = Checkpoint.open(base_model, **hub), open_fine_tune(model, base_model, **hub)
     if isinstance(checkpoints[1], LoraCheckpoint):
         raise DTSError(f"{model} is a PEFT LoRA; expected a whole model. Merge it into its base (merge_and_unload).")
     check_base(source, checkpoints[0])
     _check_fine_tune(source, *checkpoints)
     _finished(out_path.name, source, config, source.parameters, dict.fromkeys(source.parameters, 8.8888))
     kwargs = {"dtype": getattr(torch, config.dtype), **config.model_kwargs}
-    teacher = load_base(model, {}, dict(kwargs))
+    teacher, _ = load_base(model, {}, kwargs)
     student = DTSModel.from_pretrained(base_model, adapter, _NAME, max_adapters=1, **kwargs)
     for each in (teacher, student):
         each.requires_grad_(False)
@@ -169,10 +177,7 @@ def distill(
     count = min(len(batches) - 1, max(1, round(config.held_out * len(batches))))
     held_out, learned = batches[:count], batches[count:]
     run = _Run(teacher, student, loss)
-    try:
-        before = run.mean(held_out)
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise DTSError(f"the models do not take batches of {', '.join(held_out[0])}: {error}") from error
+    before = run.mean(held_out)
     with _trainable(student, source, run, held_out[0], before) as deltas:
         run.learn(deltas, learned, config, order, progress)
         new = {name: delta.coded() for name, delta in deltas.items()}
@@ -194,6 +199,22 @@ def distill(
 _NAME = "distilled"
 
 
+def _checked(batches: Sequence[Batch]) -> list[Batch]:
+    found = [batches] if isinstance(batches, (Mapping, Tensor, str)) else list(batches)
+    for batch in found:
+        if not isinstance(batch, Mapping):
+            raise DTSError(
+                "batches: expected a list of the model's keyword arguments, {'input_ids': ..., 'attention_mask': ...}, "
+                f"got a {type(batch).__name__}."
+            )
+    if len(found) < 2:
+        raise DTSError(
+            f"distill takes two batches or more, one to learn from and one to measure, got {len(found)}. Give it more "
+            "data, or make batches smaller (--batch-size, --max-length)."
+        )
+    return found
+
+
 class _Run:
     """Two models on batches."""
 
@@ -201,10 +222,20 @@ class _Run:
         self.teacher, self.student, self.loss = teacher, student, loss
 
     def __call__(self, batch: Batch) -> tuple[Tensor, int]:
-        with torch.no_grad():
-            wanted = self.teacher(**self._moved(batch, self.teacher))
-        batch = self._moved(batch, self.student)
-        return self.loss(self.student(**batch), wanted, batch)
+        try:
+            with torch.no_grad():
+                wanted = self.teacher(**self._moved(batch, self.teacher))
+            batch = self._moved(batch, self.student)
+            ours = self.student(**batch)
+        except DTSError:
+            raise
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            shapes = ", ".join(f"{name} {list(getattr(value, 'shape', ()))}" for name, value in batch.items())
+            raise DTSError(f"the models do not take a batch of {shapes}: {error} (Nothing was written.)") from error
+        found = self.loss(ours, wanted, batch)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)):
+            raise DTSError(f"loss: expected (mean, count), a tensor and a number, got {type(found).__name__}.")
+        return found
 
     @torch.no_grad()
     def outputs(self, batch: Batch) -> object:

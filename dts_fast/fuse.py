@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .adapter_file import CONFIG_NAME, Adapter, load_adapter, save_adapter
+from .adapter_file import MARKER, Adapter, load_adapter, save_adapter
 from .atomic import check_target
 from .card import render_card
 from .characteristic import characteristic_of
@@ -44,7 +44,7 @@ def fuse(
         DTSError: weights that do not fit, whole tensors that cannot be mixed, a target that exists.
     """
     names = [str(adapter) for adapter in adapters]
-    check_target(Path(out_path), overwrite=overwrite, marker=CONFIG_NAME)
+    check_target(Path(out_path), overwrite=overwrite, marker=MARKER)
     if (weights is None) == (characteristic is None):
         raise DTSError(
             "a mixture takes either weights (--weights, one for each adapter) or a characteristic (--characteristic)."

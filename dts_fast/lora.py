@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapter_file import Adapter, load_adapter
-from .atomic import staged_directory
+from .atomic import Marker, staged_directory
 from .checkpoint import Checkpoint, TensorInfo, common_prefix, fetch_from_hub, hub_id, is_embedding
 from .codes import DeltaSum, LowRankDelta, is_matrix, terms_of
 from .errors import CheckpointError, DTSError
@@ -127,7 +127,7 @@ def export_lora(
         "inference_mode": True,
         "task_type": None,
     }
-    with staged_directory(Path(out_path), overwrite=overwrite, marker=CONFIG_NAME) as staging:
+    with staged_directory(Path(out_path), overwrite=overwrite, marker=Marker(CONFIG_NAME, "LORA")) as staging:
         contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
         save_file(contiguous, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         (staging / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
@@ -144,8 +144,10 @@ def _is_low_rank(parameter: object) -> bool:
 
 def _has_tied_head(adapter: Adapter, base: Checkpoint, name: str) -> bool:
     """Whether a language model's head shares this table: written twice, or left out of the checkpoint."""
-    if name in adapter.config["tied"].values():
-        return True
+    return name in adapter.config["tied"].values() or _is_tied_table(base, name)
+
+
+def _is_tied_table(base: Checkpoint, name: str) -> bool:
     shape = base.tensors[name].shape
     if shape[0] != base.config.get("vocab_size") or base.config.get("tie_word_embeddings") is False:
         return False
@@ -186,22 +188,34 @@ def _personalised(parameter: object, base: Checkpoint, name: str) -> Tensor:
 
 def is_lora(source: str | Path) -> bool:
     """Whether a path is a PEFT LoRA directory."""
+    return _peft_type(source) == "LORA"
+
+
+def _peft_type(source: str | Path) -> str | None:
+    """The kind of adapter that a directory holds, if it does."""
     config = Path(source) / CONFIG_NAME
     try:
-        return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("peft_type") == "LORA"
+        kind = json.loads(config.read_text(encoding="utf-8")).get("peft_type") if config.is_file() else None
     except (ValueError, AttributeError, OSError):
-        return False
+        return None
+    return None if kind is None else str(kind)
 
 
-def open_fine_tune(model: str | Path, base_model: str | Path) -> Checkpoint:
+def open_fine_tune(model: str | Path, base_model: str | Path, **hub: object) -> Checkpoint:
     """A fine-tune's checkpoint, or what a PEFT LoRA of a base makes of that.
+
+    Args:
+        hub: of `checkpoint.HUB_KEYS`, for repositories.
 
     Raises:
         CheckpointError: it cannot be read, or is no LoRA of this base.
     """
     if not Path(model).exists() and hub_id(model) is not None:
-        model = fetch_from_hub(str(model))
-    return LoraCheckpoint.of(model, Checkpoint.open(base_model)) if is_lora(model) else Checkpoint.open(model)
+        model = fetch_from_hub(str(model), **hub)
+    kind = _peft_type(model)
+    if kind not in (None, "LORA"):
+        raise CheckpointError(f"{model} is a PEFT adapter of type {kind}; expected a whole model, or a LoRA.")
+    return LoraCheckpoint.of(model, Checkpoint.open(base_model, **hub)) if is_lora(model) else Checkpoint.open(model)
 
 
 @dataclass(frozen=True)
@@ -251,16 +265,25 @@ class LoraCheckpoint(Checkpoint):
         def of_base(name: str) -> str:
             return in_base.get(add + name.removeprefix(strip), add + name.removeprefix(strip))
 
+        tables = [name for name in base.tensors if _is_tied_table(base, name)]
+        tied = bool(config.get("ensure_weight_tying"))
         low_rank = {}
         for module, pair in pairs.items():
             name = of_base(f"{module}.weight")
             if name not in base.tensors:
+                if _is_tied_head(tables, base, *(lora.tensors[pair[factor]].shape for factor in "BA")):
+                    if not tied:
+                        raise _untied(path, module)
+                    whole.pop(f"{module}.weight", None)
+                    continue  # the table's own, once more
                 raise CheckpointError(
                     f"{path}: module {module!r} is not in the base {base.source} (no {name!r}). Give the base that the "
                     "LoRA was trained on."
                 )
             low_rank[name] = pair["A"], pair["B"], _scaling(config, module, lora.tensors[pair["A"]].shape)
         whole = {of_base(name): key for name, key in whole.items()}
+        if not tied and (changed := [table for table in tables if table in low_rank or table in whole]):
+            raise _untied(path, changed[0])
         tensors = {**base.tensors, **{name: lora.tensors[key] for name, key in whole.items()}}
         # Their file is the LoRA's: what was made of it is made again when that changes.
         tensors |= {
@@ -295,6 +318,20 @@ class LoraCheckpoint(Checkpoint):
                 f"{list(before.shape)}."
             )
         return before.to(torch.promote_types(before.dtype, torch.float32)) + delta.reshape(before.shape)
+
+
+def _is_tied_head(tables: Sequence[str], base: Checkpoint, b: tuple[int, ...], a: tuple[int, ...]) -> bool:
+    """Whether factors B ``[out, r]`` and A ``[r, in]`` may be of a head that the checkpoint leaves out, because a table
+    (or a resized one) is its own."""
+    return any(base.tensors[table].shape[0] <= b[0] and base.tensors[table].shape[1] == a[-1] for table in tables)
+
+
+def _untied(path: str | Path, changed: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: the LoRA changes {changed!r}, one of a table and a head that the base ties, and PEFT leaves the "
+        "other as it was: the base's checkpoint has no place for that. Merge it into a copy of the base whose head is "
+        "untied (tie_word_embeddings=False), and compress that."
+    )
 
 
 def _scaling(config: Mapping[str, object], module: str, shape: tuple[int, ...]) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adapter_file import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Adapter, locate_adapter, open_adapter
+from .adapter_file import CARD_NAME, CONFIG_NAME, MARKER, WEIGHTS_NAME, Adapter, locate_adapter, open_adapter
 from .apart import Apart
 from .arenas import Arenas
 from .atomic import staged_directory
@@ -29,6 +29,7 @@ from .nn import DTSModule
 from .prepack import no_kernels
 from .residency import Residency
 from .routing import current_route, route
+from .settings import OF_THE_BASE, Conflict, conflicts, other_head
 from .slots import BASE, CacheInfo, SlotTable
 from .wrapping import Wrapping
 
@@ -106,6 +107,8 @@ class DTSModel(nn.Module):
         self._attaching = 0  # loads under way
         self._apart = Apart()
         self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._has_file, host_bytes)
+        self._base_settings: Mapping[str, object] = {}  # the base's, where the model has a fine-tune's (`load_base`)
+        self.training = model.training
         self._calls = Calls(self._live, self.slots, self._wrappers, self._lease)
 
     def __getattr__(self, name: str):
@@ -115,6 +118,8 @@ class DTSModel(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+            if name in _OF_OTHER_ADAPTERS:
+                raise AttributeError(f"DTSModel has no {name!r}; it has {_OF_OTHER_ADAPTERS[name]}.") from None
             return getattr(self.model, name)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -153,7 +158,7 @@ class DTSModel(nn.Module):
         verify_base: bool = True,
         **model_kwargs: object,
     ) -> DTSModel:
-        """Load a base model with a first adapter, which becomes the active one.
+        """Load a base model with a first adapter, which becomes the active one; in evaluation mode.
 
         Args:
             base_model: a loaded model, or a directory, ``.safetensors`` file or hub id. From a path, the model class
@@ -169,19 +174,26 @@ class DTSModel(nn.Module):
         """
         source = _Source.of(locate_adapter(adapter), verify_base)
         loaded, verify = open_adapter(source.folder)
+        own_settings: dict[str, object] = {}
         if not isinstance(base_model, nn.Module):
-            base_model = load_base(base_model, loaded.config["model_config"], model_kwargs)
+            base_model, own_settings = load_base(base_model, loaded.config["model_config"], model_kwargs)
+        elif model_kwargs:
+            raise DTSError(
+                f"from_pretrained() got {', '.join(sorted(model_kwargs))}: no option of DTSModel, and of no use for a "
+                "model that is loaded."
+            )
         model = cls(
             base_model, max_adapters, max_rank=max_rank, max_bytes=max_bytes, eviction=eviction,
             host_bytes=host_bytes, prepack=prepack,
         )  # fmt: skip
+        model._base_settings = own_settings
         try:
             model._attach(loaded, adapter_name, source, verify, verify_base=verify_base)
         except BaseException:
             model._calls.remove_hooks()
             raise
         model.set_adapter(adapter_name)
-        return model
+        return model.eval()
 
     def load_adapter(
         self, adapter: str | Path, adapter_name: str, *, replace: bool = False, verify_base: bool = True
@@ -261,7 +273,8 @@ class DTSModel(nn.Module):
         self.slots.pin(adapter_name, False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter and free its slot and pages, as soon as the calls that use it have ended.
+        """Forget an adapter and free its slot and pages, as soon as the calls that use it have ended. Where it is the
+        active one, the base is from then on.
 
         Raises:
             UnknownAdapterError: no such adapter.
@@ -335,8 +348,10 @@ class DTSModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within, every row uses the base alone."""
-        with route(BASE):
+        """Within, every row of this model's calls uses the base alone, also where they name adapters."""
+        disabling = route(BASE)
+        disabling.disables = self.slots
+        with disabling:
             yield
 
     def forward(self, *args, adapter_names: str | Sequence[str] | None = None, **kwargs):
@@ -352,7 +367,7 @@ class DTSModel(nn.Module):
             UnknownAdapterError: a name that is not loaded.
         """
         with self._calls.routed(adapter_names, main_input(args, kwargs)):
-            self._calls.refuse_labels(kwargs)
+            self._calls.refuse_labels(kwargs, self._classes_of)
             return self._apart.forward(self.model, args, kwargs)
 
     @torch.no_grad()
@@ -386,6 +401,10 @@ class DTSModel(nn.Module):
         ends = [self._ends_of(name) or base for name in members]
         union = list(dict.fromkeys(token for own in ends for token in own))
         return {EOS_KEY: union} if union and set(union) != set(base) else {}
+
+    def _classes_of(self, name: str) -> int | None:
+        labels = self.adapter_configs.get(name, {}).get("model_config", {}).get("id2label")
+        return len(labels) if labels else self._base_settings.get("num_labels")
 
     def _ends_of(self, name: str) -> Ends | None:
         config = self.adapter_configs.get(name, {})
@@ -445,14 +464,19 @@ class DTSModel(nn.Module):
                 ``path`` can have, or a target cannot be written.
         """
         sources = list(self._sources.items())
-        for name, _ in sources:
+        for name, source in sources:
             if name in (".", "..") or "\0" in name or Path(name).name != name or len(name.encode()) > 200:
                 raise DTSError(
                     f"save_pretrained: {name[:80]!r} is the name of no directory below {path} (a path, or too long). "
                     "Nothing was written; load the adapter under another name."
                 )
+            if not (source.folder / CONFIG_NAME).is_file():
+                raise DTSError(
+                    f"save_pretrained: the files of {name!r} are gone from {source.folder}, and memory has no copy of "
+                    "them. Nothing was written."
+                )
         for name, source in sources:
-            with staged_directory(Path(path) / name, overwrite=True, marker=CONFIG_NAME) as staging:
+            with staged_directory(Path(path) / name, overwrite=True, marker=MARKER) as staging:
                 for file in source.folder.iterdir():
                     if file.name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
                         shutil.copyfile(file, staging / file.name)
@@ -567,21 +591,52 @@ class DTSModel(nn.Module):
             BaseMismatchError: it is of another base, or changes what rows of one call must share.
         """
         owned, live = self._live.owners(adapter)
-        # T5's, which goes with its tie; rows of one call cannot differ in it.
-        scaled = adapter.config["model_config"].get("scale_decoder_outputs")
-        if scaled is not None and scaled != getattr(
-            getattr(self.model, "config", None), "scale_decoder_outputs", scaled
-        ):
-            raise BaseMismatchError(
-                f"the fine-tune sets scale_decoder_outputs to {scaled}, the base does not: one model cannot do both. "
-                "Serve it alone (dts-fast export full)."
-            )
+        self._check_settings(adapter.config["model_config"])
         for path, parameters in owned.items():
             own = self._wrappers.get(path) or DTSModule(self._live.modules[path], slots=self.slots)
             own.check_parameters(parameters, path)
         if verify_base:
             self._live.check_base(adapter, live)
         return owned
+
+    def _check_settings(self, wanted: Mapping[str, object]) -> None:
+        """Rows of one call cannot differ in what the model's configuration says.
+
+        Raises:
+            BaseMismatchError: the fine-tune has other settings, or another kind of head, than the model.
+        """
+        model = self._live.root
+        config = getattr(model, "config", None)
+        differ = [] if config is None else conflicts(config, wanted, self._base_settings)
+        kind = other_head(model, wanted)
+        if kind is not None:
+            differ.append(Conflict("its class", type(model).__name__, kind))
+        # A classifier that decodes looks for the last token that is none.
+        if type(model).__name__.endswith("ForSequenceClassification") and "pad_token_id" in wanted:
+            theirs, ours = wanted["pad_token_id"], getattr(config, "pad_token_id", None)
+            if theirs != ours and None not in (theirs, ours) and theirs < getattr(config, "vocab_size", 0):
+                differ.append(Conflict("pad_token_id", ours, theirs))
+        if differ:
+            said = "; ".join(f"{c.key}: {c.wanted}, where the model has {c.have}" for c in differ)
+            own = (
+                "" if any(c.key in OF_THE_BASE for c in differ) else ", or in a DTSModel that is loaded for it by path"
+            )
+            raise BaseMismatchError(
+                f"the fine-tune differs from this model in what all rows of a call share ({said}): one model cannot do "
+                f"both. Serve it as a dense model (dts-fast export full){own}."
+            )
+
+
+# Methods of PEFT's models, and those with which models of transformers take PEFT's adapters themselves.
+_OF_OTHER_ADAPTERS = {
+    "active_adapters": "active_adapter",
+    "add_adapter": "load_adapter()",
+    "disable_adapters": "disable_adapter()",
+    "enable_adapters": "disable_adapter(), which ends with its block",
+    "get_base_model": "model, and merge_and_unload('__base__')",
+    "peft_config": "adapter_configs",
+    "unload": "merge_and_unload('__base__')",
+}
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ class route:  # noqa: N801 (used like a function)
     of_model = False
     # Whether it is one call's, within which no other task can run.
     of_call = False
+    # The table of a model whose calls within use the base, whatever names they are given.
+    disables: SlotTable | None = None
     # Whether it was entered in a task of an event loop: others that run meanwhile are not to see it.
     in_task = False
 

@@ -13,19 +13,24 @@ from torch import Tensor
 from .checkpoint import hub_id
 from .errors import DTSError
 
+_NOT_TEXT = {".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip"}
+
 
 def read_texts(path: str | Path, field: str = "text") -> list[str]:
-    """The texts of a file: of ``.jsonl`` one for each line, under a key; any other is one running text.
+    """The texts of a file: of ``.jsonl`` or ``.ndjson`` one for each line, under a key; any other is one running text.
 
     Raises:
-        DTSError: it cannot be read, is not UTF-8, has no text, or a line is not as expected.
+        DTSError: it cannot be read, is not UTF-8, has no text, is ``.json``, or a line is not as expected.
     """
     path = Path(path)
+    kind = path.suffix.lower()
+    if kind in _NOT_TEXT:
+        raise DTSError(f"{path}: expected a text file, or .jsonl with an object in each line; got {kind}.")
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DTSError(f"{path}: expected a text file in UTF-8 ({error}).") from error
-    if path.suffix != ".jsonl":
+    if kind not in (".jsonl", ".ndjson"):
         texts = [content]
     else:
         texts = [_text_of(line, field, f"{path}, line {i}") for i, line in _lines(content)]
@@ -59,6 +64,8 @@ def load_tokenizer(model: str | Path):
         from transformers import AutoTokenizer
     except ImportError as error:
         raise DTSError("a tokenizer needs transformers: pip install 'dts_fast[hf]'.") from error
+    if Path(model).is_file():
+        raise DTSError(f"{model}: expected a directory or hub id with a tokenizer, got a file.")
     repo_id, revision = (str(model), None) if Path(model).exists() else (hub_id(model) or (str(model), None))
     try:
         return AutoTokenizer.from_pretrained(repo_id, **({"revision": revision} if revision else {}))
@@ -76,8 +83,10 @@ def text_batches(texts: list[str], tokenizer, batch_size: int, max_length: int) 
         ``input_ids`` and ``attention_mask``, int64 ``[B, T]``, padded on the right to the longest of their batch.
 
     Raises:
-        DTSError: a single text, and a tokenizer in Python alone, which cannot cut it.
+        DTSError: sizes below 1; a single text, and a tokenizer in Python alone, which cannot cut it.
     """
+    if batch_size < 1 or max_length < 1:
+        raise DTSError(f"batch_size and max_length must be 1 or more, got {batch_size} and {max_length}.")
     if len(texts) == 1 and not tokenizer.is_fast:
         raise DTSError(f"{type(tokenizer).__name__} cannot cut a running text into rows: give a text a line (.jsonl).")
     tokenizer = copy.deepcopy(tokenizer)  # truncation is kept in it, for whoever uses it next

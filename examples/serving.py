@@ -65,6 +65,10 @@ class Batcher:
                 results = await asyncio.to_thread(self.generate, users, prompts)
             except Exception as error:
                 results = [error] * len(batch)
+            except BaseException:  # cancelled
+                for answer in answers:
+                    answer.cancel()
+                raise
             for answer, result in zip(answers, results, strict=True):
                 if not answer.done():  # its user may have gone
                     (answer.set_exception if isinstance(result, Exception) else answer.set_result)(result)
@@ -74,7 +78,14 @@ class Batcher:
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         tokens = self.model.generate(ids, attention_mask=mask, adapter_names=list(users), **self.settings)
-        return tokens[:, longest:].tolist()
+        return [_without(pad, row) for row in tokens[:, longest:].tolist()]
+
+
+def _without(pad: int, row: list[int]) -> list[int]:
+    """Rows that end are padded until the last of their batch has ended."""
+    while row and row[-1] == pad:
+        row.pop()
+    return row
 
 
 def make_adapters(folder: Path, users: list[str]) -> None:

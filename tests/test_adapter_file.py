@@ -288,6 +288,23 @@ def test_a_directory_that_is_no_adapter_is_never_overwritten(tmp_path):
         save_adapter(tmp_path / "photos", small_adapter(), "", overwrite=True)
 
 
+def test_what_is_of_another_kind_or_holds_directories_is_kept(tmp_path):
+    saved = tmp_path / "adapter"
+    save_adapter(saved, small_adapter(), "")
+    (saved / "checkpoint-500").mkdir()
+    with pytest.raises(DTSError, match="holds directories, which would be lost"):
+        save_adapter(saved, small_adapter(), "", overwrite=True)
+    (saved / "checkpoint-500").rmdir()
+    config = saved / "adapter_config.json"
+    config.write_text('{"peft_type": "LORA"}')
+    with pytest.raises(DTSError, match=r"holds no adapter_config\.json of peft_type DTS"):
+        save_adapter(saved, small_adapter(), "", overwrite=True)
+    assert config.read_text() == '{"peft_type": "LORA"}'
+    config.write_text("{")  # damaged
+    save_adapter(saved, small_adapter(), "", overwrite=True)
+    load_adapter(saved)
+
+
 SAVE = """
 import os, resource, signal, sys
 sys.path.insert(0, {tests!r})

@@ -74,6 +74,18 @@ def test_checkpoints_that_differ_have_no_mean(tmp_path):
         average([a, a], tmp_path / "mean")
 
 
+def test_what_is_read_is_not_overwritten(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    compress(base, tuned, tmp_path / "a", DTSConfig(rank=2))
+    before = sorted((f.name, f.read_bytes()) for f in base.iterdir())
+    with pytest.raises(DTSError, match="is what is read"):
+        export_full(tmp_path / "a", base, base, overwrite=True)
+    for target in (base, tuned):
+        with pytest.raises(DTSError, match="is what is read"):
+            average([base, tuned], target, overwrite=True)
+    assert sorted((f.name, f.read_bytes()) for f in base.iterdir()) == before
+
+
 def test_only_what_belongs_to_a_model_is_copied(tmp_path, checkpoints):
     base, tuned = checkpoints
     for name in ("tokenizer.json", "merges.txt", "notes.txt", "training_log.json", "optimizer.bin"):
@@ -100,11 +112,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux only")
 @pytest.mark.parametrize("method", ["paper", "refined"])
 def test_memory_is_a_few_tensors_however_large_the_checkpoint(tmp_path, method):
-    """A checkpoint of 24 matrices must not take much more than one of 3."""
+    """A checkpoint of 15 matrices must not take much more than one of 3."""
     peaks = {}
     rows, columns = 512, 2048
     matrix = rows * columns * 4  # bytes
-    for count in (3, 24):
+    for count in (3, 15):
         for kind in ("base", "tuned"):
             folder = tmp_path / f"{kind}{count}"
             folder.mkdir()
@@ -121,5 +133,5 @@ def test_memory_is_a_few_tensors_however_large_the_checkpoint(tmp_path, method):
             capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         peaks[count] = int(done.stdout)
-    # 21 more matrices on either side are 42 x 4 MiB; what grows is the adapter's codes and the allocator's slack.
-    assert peaks[24] - peaks[3] < 3 * matrix, {count: f"{peak / matrix:.1f} matrices" for count, peak in peaks.items()}
+    # 12 more matrices on either side are 24 x 4 MiB; what grows is the adapter's codes and the allocator's slack.
+    assert peaks[15] - peaks[3] < 3 * matrix, {count: f"{peak / matrix:.1f} matrices" for count, peak in peaks.items()}

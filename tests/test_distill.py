@@ -292,8 +292,18 @@ def test_what_is_refused(tmp_path):
         case.distill(target, config={"learning_rate": 0.0, "scale_learning_rate": 0.0})
     with pytest.raises(DTSError, match="exists"):
         case.distill(case.adapter)
-    with pytest.raises(DTSError, match="do not take batches of words"):
+    with pytest.raises(DTSError, match="do not take a batch of words"):
         case.distill(target, [{"words": torch.zeros(1, 2)}] * 2)
+    for batches in (torch.zeros(4, 2), ["a", "b"], [torch.zeros(1, 2)] * 3):
+        with pytest.raises(DTSError, match="batches: expected a list of the model's keyword arguments"):
+            distill(case.adapter, case.base, case.tuned, batches, target)
+    beyond = {"input_ids": torch.full((32, 12), 10**6)}
+    with pytest.raises(DTSError, match=r"do not take a batch of input_ids \[32, 12\]"):  # whenever its turn comes
+        case.distill(target, [*case.batches(3), beyond])
+    with pytest.raises(DTSError, match="config: expected a DistillConfig"):
+        distill(case.adapter, case.base, case.tuned, case.batches(), target, {"steps": 3})
+    with pytest.raises(DTSError, match=r"loss: expected \(mean, count\)"):
+        distill(case.adapter, case.base, case.tuned, case.batches(), target, loss=lambda *_: torch.zeros(()))
     labels = torch.full((32, 12), -100)
     with pytest.raises(DTSError, match="no position"):
         case.distill(target, [batch | {"labels": labels} for batch in case.batches(2)])
@@ -317,6 +327,9 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(DTSError, match="PEFT LoRA"):
         distill(case.adapter, case.base, tmp_path / "lora", case.batches(), target)
     assert not target.exists()
+    for settings in ({"steps": 2.5}, {"seed": "1"}, {"dtype": "float8_e4m3fn"}, {"learning_rate": "x"}):
+        with pytest.raises(DTSError, match=next(iter(settings))):
+            DistillConfig(**settings)
     for settings in ({"steps": 0}, {"learning_rate": -1.0}, {"held_out": 1.0}, {"dtype": "int8"}, {"device": "mars"}):
         with pytest.raises(DTSError, match=next(iter(settings))):
             DistillConfig(**settings)
@@ -396,6 +409,14 @@ def test_texts_become_rows(tmp_path):
         lines.write_text(content)
         with pytest.raises(DTSError, match=message):
             read_texts(lines)
+    for name, expected in (("x.JSONL", ["a", "b"]), ("x.ndjson", ["a", "b"])):
+        (tmp_path / name).write_text('{"text": "a"}\n{"text": "b"}\n')
+        assert read_texts(tmp_path / name) == expected
+    (tmp_path / "x.json").write_text('[{"text": "a"}]')
+    with pytest.raises(DTSError, match=r"or \.jsonl with an object in each line; got \.json"):
+        read_texts(tmp_path / "x.json")
+    with pytest.raises(DTSError, match="1 or more, got 0"):
+        text_batches(["a", "b"], tokenizer, batch_size=0, max_length=8)
     with pytest.raises(DTSError, match="cannot cut a running text"):
         text_batches(["a text"], SimpleNamespace(is_fast=False), batch_size=1, max_length=8)
     with pytest.raises(DTSError, match="expected a text file"):

@@ -100,8 +100,8 @@ def repositories(monkeypatch, tmp_path):
     """Repositories by name and revision, which are directories here; and what was asked."""
     known, asked = {}, []
 
-    def snapshot_download(repo_id, revision=None, allow_patterns=(), ignore_patterns=()):
-        asked.append((repo_id, revision))
+    def snapshot_download(repo_id, revision=None, allow_patterns=(), ignore_patterns=(), **access):
+        asked.append((repo_id, revision, access) if access else (repo_id, revision))
         if (repo_id, revision) not in known:
             raise OSError("no such repository")
         target = tmp_path / f"snapshot_{len(asked)}"
@@ -180,8 +180,14 @@ def test_a_model_of_a_revision_is_asked_for_by_it(repositories, tmp_path):
         for source, settings in (("me/llama@v1", {}), ("me/llama", {"revision": "v1"})):
             DTSModel.from_pretrained(source, tmp_path / "adapter", verify_base=False, **settings)
             base = transformers.LlamaForCausalLM(config)
-    assert given == [("me/llama", {"revision": "v1"})] * 2
-    assert asked == [("me/llama", "v1")] * 2
+        access = {"token": "secret", "cache_dir": "cache"}
+        DTSModel.from_pretrained("me/llama@v1", tmp_path / "adapter", verify_base=False, **access)
+        base = transformers.LlamaForCausalLM(config)
+        # A directory has no revisions.
+        DTSModel.from_pretrained(tmp_path / "llama", tmp_path / "adapter", verify_base=False, revision="v1")
+    assert given[:2] == [("me/llama", {"revision": "v1"})] * 2
+    assert given[2:] == [("me/llama", {"revision": "v1", **access}), (str(tmp_path / "llama"), {})]
+    assert asked == [("me/llama", "v1")] * 2 + [("me/llama", "v1", access)]
 
 
 def test_a_lora_on_the_hub_is_taken_for_one(repositories, tmp_path):

@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dts_fast import DTSConfig, DTSModel, compress, fuse, native, route
-from dts_fast.errors import BaseMismatchError, CapacityError, DTSError, RoutingError, UnknownAdapterError
+from dts_fast.errors import (
+    AdapterFormatError,
+    BaseMismatchError,
+    CapacityError,
+    DTSError,
+    RoutingError,
+    UnknownAdapterError,
+)
 from dts_fast.export import export_full
 from dts_fast.routing import current_route
 
@@ -112,12 +119,62 @@ def test_active_adapter_disable_and_delete(family):
     assert not torch.allclose(a, b)
     with model.disable_adapter():
         assert torch.equal(model(**family.inputs).logits, base)
+        for names in ("b", ["a", "b", "a", "b"]):
+            assert torch.equal(model(**family.inputs, adapter_names=names).logits, base)
+        with route("b"):
+            assert torch.equal(model(**family.inputs).logits, b)
+    assert torch.equal(model(**family.inputs, adapter_names="a").logits, a)
     model.delete_adapter("b")
     assert torch.equal(model(**family.inputs).logits, base)
     model.load_adapter(family.folder / "b", "again")
     assert torch.equal(model(**family.inputs, adapter_names="again").logits, b)
     with pytest.raises(UnknownAdapterError, match="'b'; loaded: 'a', 'again'"):
         model.set_adapter("b")
+
+
+def test_modes_and_keywords(family):
+    base = family.base().train()
+    model = DTSModel.from_pretrained(base, family.folder / "a", "a")
+    assert not any(module.training for module in model.modules())  # as PEFT's
+    assert DTSModel(family.base().train()).training
+    assert not DTSModel(family.base()).training
+    with pytest.raises(DTSError, match="got dtype, max_adapter: no option of DTSModel"):
+        DTSModel.from_pretrained(family.base(), family.folder / "a", "a", max_adapter=64, dtype=torch.bfloat16)
+    with pytest.raises(DTSError, match="subfolder"):
+        DTSModel.from_pretrained(family.folder / "base", family.folder / "a", "a", subfolder="x")
+    with pytest.raises(AttributeError, match=r"no 'disable_adapters'; it has disable_adapter\(\)"):
+        model.disable_adapters()
+    assert not hasattr(model, "peft_config")
+    with pytest.raises(DTSError, match="save_pretrained: the files of 'a' are gone"):
+        _without_files(model, family).save_pretrained(family.folder / "saved")
+    assert not (family.folder / "saved").exists()
+    with pytest.raises(AdapterFormatError, match="adapters in directories below it: a, b"):
+        model.load_adapter(family.folder, "all")
+
+
+def _without_files(model: DTSModel, family: Family) -> DTSModel:
+    moved = family.folder / "moved"
+    (family.folder / "a").rename(moved)
+    try:
+        model.save_pretrained(family.folder / "saved")
+    finally:
+        moved.rename(family.folder / "a")
+    return model
+
+
+@torch.no_grad()
+def test_a_state_dict_that_is_loaded_holds_for_rows_of_mixed_batches(family):
+    model = family.model()
+    before = model(**family.inputs, adapter_names=["a", "b", "__base__", "a"]).logits
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    other = {n: t + 0.3 if t.dim() == 1 and t.is_floating_point() else t for n, t in state.items()}
+    model.load_state_dict(other)
+    alone = model(**family.inputs, adapter_names="__base__").logits
+    mixed = model(**family.inputs, adapter_names=["a", "b", "__base__", "a"]).logits
+    assert_logits_equal(mixed[2], alone[2])
+    assert (mixed - before).abs().amax(-1).min() > 1e-3
+    model.load_state_dict(state)
+    assert_logits_equal(model(**family.inputs, adapter_names=["a", "b", "__base__", "a"]).logits, before)
 
 
 def test_what_a_trace_makes_of_a_base_only_call_is_not_kept(family):

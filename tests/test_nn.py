@@ -530,3 +530,10 @@ def test_experts_are_refused_in_mixed_batches_whatever_the_number_of_tokens():
     with pytest.raises(RoutingError, match="tokens from any row"), route(["a", "b"]):
         layer(x)
     assert not wrap(nn.Linear(3, 3), SlotTable(1), "layers.0.mlp.shared_expert.up_proj").gathers
+
+
+def test_a_tensor_is_no_delta():
+    layer = DTSLinear(nn.Linear(4, 4))
+    with pytest.raises(DTSError, match=r"what fit\(\) returns"):
+        layer.load_adapter("a", torch.randn(4, 4))
+    assert layer.slots.names == []

@@ -47,7 +47,7 @@ class BankedModule(DTSModule):
         # From the start, as compiled graphs and calls in other threads go through it.
         bias = base_layer._parameters.get("bias", base_layer._buffers.get("bias"))  # a quantised layer's is a buffer
         bias = bias if bias is not None and bias.is_floating_point() else None
-        self.biases = None if bias is None else VectorTable(bias, self.slots.capacity)
+        self.biases = None if bias is None else VectorTable(bias, self.slots.capacity, (base_layer, "bias"))
         # slot -> the rows that it adds to a parameter, by that parameter's name (`growth`)
         self.added: dict[int, dict[str, Tensor]] = {}
         # Which parameters each slot changes; a slot that is not here costs the layer nothing.

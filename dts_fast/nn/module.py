@@ -52,6 +52,7 @@ class DTSModule(nn.Module):
     def __init__(self, base_layer: nn.Module, max_adapters: int = 8, *, slots: SlotTable | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training
         self.slots = slots or SlotTable(max_adapters)
         # Whether the first dimension of the input is the batch: what tells its rows apart.
         self.batch_first = True
@@ -134,10 +135,15 @@ class DTSModule(nn.Module):
                 parameter's place (new heads).
 
         Raises:
-            DTSError: the name is taken.
+            DTSError: the name is taken, or ``delta`` is a tensor.
             CapacityError: no slot or page is free.
             BaseMismatchError: shapes differ from the base's.
         """
+        if isinstance(delta, Tensor):
+            raise DTSError(
+                "delta: expected what fit() returns, got a tensor. fit(delta, rank=...) compresses a difference; a "
+                "tensor that takes the weight's place is given as weight=."
+            )
         if delta is not None:
             parameters["weight"] = delta
         self.check_parameters(parameters)

@@ -31,8 +31,13 @@ class DTSNorm(DTSModule):
         super().__init__(base_layer, max_adapters, slots=slots)
         # All of them from the start: calls in other threads go through them, and compiled graphs have them.
         own = base_layer._parameters.items()
-        tables = {name: VectorTable(parameter, self.slots.capacity) for name, parameter in own if parameter is not None}
-        self.tables = nn.ModuleDict(tables)
+        self.tables = nn.ModuleDict(
+            {
+                name: VectorTable(parameter, self.slots.capacity, (base_layer, name))
+                for name, parameter in own
+                if parameter is not None
+            }
+        )
         self.loaded: dict[int, frozenset[str]] = {}
 
     def load_slot(self, slot: int, parameters: Mapping[str, Parameter], writes: Writes | None = None) -> None:
