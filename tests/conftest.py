@@ -62,7 +62,7 @@ def emulated(tmp_path_factory):
     compiler = ["c++", "-std=c++20", "-O2", "-Wno-attributes", f"-I{CSRC}", f"-I{ROOT / 'tests' / 'native'}"]
     compiler += ["-o", str(program), str(ROOT / "tests" / "native" / "decode.cpp")]
     command = f"{shlex.join(compiler)} && {shlex.quote(str(program))} 5"
-    with all_at_once({"decode": ["nice", "sh", "-c", command]}) as processes:
+    with all_at_once({"decode": ["nice", "-n", "19", "sh", "-c", command]}) as processes:
         yield processes["decode"]
 
 
@@ -70,7 +70,7 @@ def emulated(tmp_path_factory):
 def compilers(tmp_path_factory):
     """An nvcc for each target."""
     folder = tmp_path_factory.mktemp("cuda")
-    command = ["nice", "nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-cubin", "-Xptxas", "-v"]
+    command = ["nice", "-n", "19", "nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-cubin", "-Xptxas", "-v"]
     whole = folder / "all.cu"  # at once, as the parts would read the same headers again
     whole.write_text("".join(f'#include "{file}"\n' for file in sorted((CSRC / "cuda").glob("*.cu"))))
     command.append(str(whole))
@@ -83,7 +83,7 @@ def compilers(tmp_path_factory):
 def triton_compilers():
     """A process for each architecture that compiles every configuration."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = ["nice", sys.executable, "-m", "dts_fast.triton.aot", "--json", "--capability"]
+    command = ["nice", "-n", "19", sys.executable, "-m", "dts_fast.triton.aot", "--json", "--capability"]
     with all_at_once({c: [*command, str(c)] for c in CAPABILITIES}, **environment) as processes:
         yield processes
 
