@@ -1,12 +1,14 @@
 """How much of a fine-tune's behaviour an adapter keeps for its bytes: the paper's method, ours, and their rivals.
 
     python bench/fidelity.py --minilm DIR [--demo DIR] [--densities 0.02 0.04] [--out bench/results/fidelity.jsonl]
+    python bench/fidelity.py --demo DIR --densities 0.02 0.04 --methods generated \
+        --out bench/results/fidelity_generated.jsonl
 
 For each density the paper's adapter sets the bytes (of its files); every other method gets the same. Each row:
 Kullback-Leibler divergence of the compressed model's predictions from the fine-tune's on held-out inputs (nats, lower
 is better), agreement of the most likely class, accuracy. Distillation learns from inputs that are not among these: of
 the language models' training texts, and of the encoders' the first half of what is held out, for which all methods are
-then measured on the second.
+then measured on the second. Or, with --methods generated, from text that the language models have written themselves.
 
 --minilm takes a folder with base.safetensors, config.json, and for each fine-tune TASK.safetensors and
 TASK.eval.safetensors; --demo the folder that `dts-fast demo` wrote.
@@ -29,6 +31,7 @@ from dts_fast import DistillConfig, DTSConfig, compress, distill, load_adapter
 from dts_fast.adapter_file import directory_size
 from dts_fast.codes import CodedVector, matrix_shape
 from dts_fast.divergence import Loss, divergence
+from dts_fast.generated import generated_batches
 from dts_fast.hardware import header
 from dts_fast.texts import text_batches
 
@@ -36,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DENSITIES = (0.006, 0.02, 0.04, 0.08, 0.16, 0.5)
 DISTILLED = (0.02, 0.04)  # below and around 1 %
 ROWS = 2400  # of text that distillation sees
+METHODS = ("distilled", "svd", "sign")  # beside the paper's and the refined one
 
 
 @dataclass
@@ -138,7 +142,9 @@ def language_tasks(folder: Path) -> Iterator[Task]:
         yield Task(kind, folder / "base", folder / "tuned" / kind, "low-rank", predict, batches)
 
 
-def measure(task: Task, densities: tuple[float, ...], folder: Path) -> Iterator[dict[str, object]]:
+def measure(
+    task: Task, densities: tuple[float, ...], folder: Path, methods: tuple[str, ...]
+) -> Iterator[dict[str, object]]:
     base_bytes = _file(task.base).stat().st_size
     yield {"method": "base", **task.score(task.base_state)}
     yield {"method": "fine-tune", **task.score(task.tuned_state)}
@@ -163,13 +169,16 @@ def measure(task: Task, densities: tuple[float, ...], folder: Path) -> Iterator[
 
         yield row("paper", size, {n: p.dequantize() for n, p in paper.deltas.items()})
         yield row("refined", directory_size(where / "refined"), {n: p.dequantize() for n, p in refined.deltas.items()})
-        if density in DISTILLED:
-            found = distill(
-                where / "refined", task.base, task.tuned, task.batches, where / "distilled", DistillConfig(),
-                loss=task.loss,
-            )  # fmt: skip
-            distilled = load_adapter(where / "distilled")
-            yield row("distilled", found.nbytes, {n: p.dequantize() for n, p in distilled.deltas.items()})
+        own = generated_batches(ROWS, batch_size=16, max_length=128)
+        for method, batches in {"distilled": task.batches, "generated": own}.items():
+            if density in DISTILLED and method in methods:
+                found = distill(
+                    where / "refined", task.base, task.tuned, batches, where / method, DistillConfig(), loss=task.loss
+                )
+                distilled = load_adapter(where / method)
+                yield row(method, found.nbytes, {n: p.dequantize() for n, p in distilled.deltas.items()})
+        if "svd" not in methods:
+            continue
         for name in matrices:
             if name not in svd:
                 delta = (task.tuned_state[name] - task.base_state[name]).double()
@@ -183,6 +192,8 @@ def measure(task: Task, densities: tuple[float, ...], folder: Path) -> Iterator[
         # Factors in 16 bits take eight times the bytes of 2-bit codes: what a LoRA extracted from the delta can hold.
         sixteen = {n: p.nbytes // (2 * (p.u.n + p.v.n)) for n, p in matrices.items()}
         yield row("exact SVD in 16 bit, equal bytes (LoRA)", size, truncated(sixteen))
+    if "sign" not in methods:
+        return
     signs = {}
     for name in {n for n in task.base_state if n in task.tuned_state and task.base_state[n].dim() > 1}:
         if task.embeddings == "skip" and "embeddings" in name:
@@ -234,6 +245,7 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path)
     parser.add_argument("--demo", type=Path)
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "generated"], default=METHODS)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "fidelity.jsonl")
     options = parser.parse_args()
     rows = []
@@ -243,12 +255,13 @@ def main() -> None:
         tasks = [*(encoder_tasks(options.minilm) if options.minilm else ())]
         tasks += language_tasks(options.demo) if options.demo else ()
         for task in tasks:
-            for result in measure(task, tuple(options.densities), Path(scratch)):
+            for result in measure(task, tuple(options.densities), Path(scratch), tuple(options.methods)):
                 rows.append({"task": task.name, **result})
                 out.write(json.dumps(rows[-1]) + "\n")
                 out.flush()
     print(summary(rows))
-    plot(rows, options.out.with_suffix(".png"))
+    if tuple(options.methods) == METHODS:
+        plot(rows, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

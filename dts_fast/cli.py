@@ -130,7 +130,11 @@ def compress(base_model, model, out_path, overwrite, **settings) -> None:
 @click.argument("adapter", metavar="D")
 @click.option("--base-model", required=True, metavar="B", help="The base the adapter belongs to.")
 @click.option("--model", required=True, metavar="F", help="The fine-tune it was made from, with its tokenizer.")
-@click.option("--data", required=True, metavar="T", help="Texts like those it will see: a text file, or .jsonl.")
+@click.option("--data", metavar="T", help="Texts like those it will see: a text file, or .jsonl.")
+@click.option(
+    "--generate", type=click.IntRange(2), metavar="N", help="No data: N rows that the fine-tune writes itself."
+)
+@click.option("--prefix", metavar="TEXT", help="What these begin with, special tokens included (of a chat template).")
 @click.option("--out-path", required=True, metavar="O", help="Adapter directory to write.")
 @click.option("--field", default="text", show_default=True, help="Where a line of .jsonl has its text.")
 @click.option("--max-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a row.")
@@ -141,18 +145,32 @@ def compress(base_model, model, out_path, overwrite, **settings) -> None:
 @click.option("--device", default="cpu", show_default=True, help="Where both models run.")
 @click.option("--dtype", default="float32", show_default=True, help="Of both models.")
 @click.option("--overwrite", is_flag=True, help="Replace an adapter that stands at the target.")
-def distill(adapter, base_model, model, data, out_path, field, max_length, batch_size, overwrite, **settings) -> None:
+def distill(
+    adapter, base_model, model, data, generate, prefix, out_path, field, max_length, batch_size, seed, overwrite,
+    **settings,
+) -> None:  # fmt: skip
     """Bring the predictions of an adapter D nearer to its fine-tune's, at the same size, by texts."""
     from .distill import DistillConfig
     from .distill import distill as run
     from .errors import DTSError
+    from .generated import generated_batches
     from .lora import is_lora
     from .texts import load_tokenizer, read_texts, text_batches
 
-    config, texts = DistillConfig(**settings), read_texts(data, field)
+    if (data is None) == (generate is None):
+        raise DTSError(
+            "distill takes either --data, a file of texts, or --generate, how many rows the model is to write."
+        )
+    if prefix is not None and data is not None:
+        raise DTSError("--prefix is for --generate.")
+    config = DistillConfig(seed=seed, **settings)
     if is_lora(model):
         raise DTSError(f"{model} is a PEFT LoRA; distill runs whole models. Merge it (merge_and_unload of PEFT).")
-    batches = text_batches(texts, load_tokenizer(model), batch_size, max_length)
+    if data is not None:
+        batches = text_batches(read_texts(data, field), load_tokenizer(model), batch_size, max_length)
+    else:
+        first = load_tokenizer(model)(prefix, add_special_tokens=False)["input_ids"] if prefix else ()
+        batches = generated_batches(generate, batch_size=batch_size, max_length=max_length, prefix=first, seed=seed)
     with _progress() as progress:
         report = run(adapter, base_model, model, batches, out_path, config, overwrite=overwrite, progress=progress)
     click.echo(

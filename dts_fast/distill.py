@@ -115,7 +115,7 @@ def distill(
     adapter: str | Path,
     base_model: str | Path,
     model: str | Path,
-    batches: Sequence[Batch],
+    batches: Sequence[Batch] | Callable[[nn.Module], Sequence[Batch]],
     out_path: str | Path,
     config: DistillConfig | None = None,
     *,
@@ -131,7 +131,7 @@ def distill(
         model: the fine-tune that the adapter was made from; both are loaded by transformers.
         batches: keyword arguments of the model, tensors on any device: inputs like those that the adapter will see,
             two batches at least (`texts.text_batches` makes them of texts). Some hundred rows of a few hundred tokens
-            do.
+            do. Or what makes them of the fine-tune: with `generated_batches` a language model writes them itself.
         out_path: the directory to write; it must not exist unless ``overwrite``.
         loss: of the outputs of the model with the adapter, of the fine-tune, and of the batch: a mean that takes
             gradients, and how many positions or rows it is of; `divergence.default_loss` if not given.
@@ -151,7 +151,7 @@ def distill(
     if not isinstance(config, DistillConfig | None):
         raise DTSError(f"config: expected a DistillConfig, got {type(config).__name__}.")
     config, out_path = config or DistillConfig(), Path(out_path)
-    batches = _checked(batches)
+    batches = batches if callable(batches) else _checked(batches)
     check_target(out_path, overwrite=overwrite, marker=MARKER)
     source = load_adapter(adapter)
     if None in source.config["errors"]:
@@ -170,6 +170,8 @@ def distill(
         each.requires_grad_(False)
         if "device_map" not in kwargs:
             each.to(config.device)
+    if callable(batches):
+        batches = _checked(batches(teacher))
     if loss is None:
         loss = partial(default_loss, problem_type=getattr(teacher.config, "problem_type", None))
     order = random.Random(config.seed)

@@ -15,9 +15,10 @@ from dts_fast import DTSConfig, DTSModel, compress, fit, fuse
 from dts_fast.adapter_file import CONFIG_NAME, load_adapter, save_adapter
 from dts_fast.cli import main
 from dts_fast.distill import DistillConfig, _Run, _trainable, distill
-from dts_fast.divergence import default_loss
+from dts_fast.divergence import default_loss, divergence
 from dts_fast.errors import AdapterFormatError, BaseMismatchError, CheckpointError, DTSError
 from dts_fast.export import export_full
+from dts_fast.generated import generated_batches
 from dts_fast.lora import export_lora
 from dts_fast.texts import read_texts, text_batches
 from dts_fast.trainable import TrainableDelta
@@ -377,6 +378,17 @@ def test_the_command_line(tmp_path):
     again = CliRunner().invoke(main, [str(a) for a in arguments])
     assert again.exit_code == 1
     assert "exists" in again.stderr
+    place = arguments.index("--data")
+    without = arguments[:place] + arguments[place + 2 :]
+    for more, message in ((["--data", "x", "--generate", "64"], "either --data"), ([], "either --data")):
+        refused = CliRunner().invoke(main, [str(a) for a in [*without, *more]])
+        assert refused.exit_code == 1
+        assert message in refused.stderr
+    without[without.index("--out-path") + 1] = tmp_path / "own"
+    more = ["--generate", 256, "--prefix", "w4 w5", "--max-length", 12]
+    result = CliRunner().invoke(main, [str(a) for a in [*without, *more]])
+    assert result.exit_code == 0, result.output
+    assert load_adapter(tmp_path / "own").config["compression"]["distilled"] == 20
 
 
 def test_texts_become_rows(tmp_path):
@@ -421,3 +433,66 @@ def test_texts_become_rows(tmp_path):
         text_batches(["a text"], SimpleNamespace(is_fast=False), batch_size=1, max_length=8)
     with pytest.raises(DTSError, match="expected a text file"):
         read_texts(tmp_path / "nothing.txt")
+
+
+def _writer(ends=(7, 11)):
+    """With ends that come soon, and settings that would leave tokens out."""
+    model = llama().eval()
+    settings = model.generation_config
+    settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = 3, list(ends), 0
+    settings.temperature, settings.top_k, settings.repetition_penalty, settings.do_sample = 0.01, 1, 5.0, True
+    return model
+
+
+def test_rows_that_the_model_writes_itself():
+    model = _writer()
+    batches = generated_batches(rows=70, batch_size=16, max_length=12, seed=4)(model)
+    assert [len(b["input_ids"]) for b in batches] == [16, 16, 16, 16, 6]
+    again = generated_batches(rows=70, batch_size=16, max_length=12, seed=4)(model)
+    assert all(torch.equal(x["input_ids"], y["input_ids"]) for x, y in zip(batches, again, strict=True))
+    other = generated_batches(rows=70, batch_size=16, max_length=12, seed=5)(model)
+    assert not torch.equal(batches[0]["input_ids"], other[0]["input_ids"])
+    assert model.generation_config.top_k == 1
+    seen = set()
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True):
+            assert ids[0] == 3
+            end = next((i for i, token in enumerate(ids) if i and token in (7, 11)), len(ids) - 1)
+            assert mask == [1] * (end + 1) + [0] * (len(ids) - end - 1)
+            seen |= set(ids[1 : end + 1])
+    assert len(seen) > 30  # of 60: with the model's own settings it would be a handful
+    prefixed = generated_batches(rows=2, max_length=6, prefix=[9, 8, 7])(
+        model
+    )  # an end token of the prefix ends nothing
+    assert prefixed[0]["input_ids"][:, :3].tolist() == [[9, 8, 7]] * 2
+    assert (prefixed[0]["attention_mask"][:, :4] == 1).all()
+
+
+def test_who_writes_no_text_is_told():
+    with pytest.raises(DTSError, match="BertForSequenceClassification writes no text"):
+        generated_batches()(bert())
+    model = _writer(ends=())
+    model.generation_config.bos_token_id = model.config.bos_token_id = model.generation_config.eos_token_id = None
+    with pytest.raises(DTSError, match="no token that texts begin with"):
+        generated_batches()(model)
+    for wrong in ({"rows": 0}, {"batch_size": 0}, {"max_length": 1}, {"max_length": 3, "prefix": [1, 2, 3]}):
+        with pytest.raises(DTSError, match="1 or more"):
+            generated_batches(**wrong)
+
+
+def test_without_data(tmp_path):
+    """The model's own text brings an adapter nearer to it on other text, too."""
+    case = Case(tmp_path, llama)
+    elsewhere = case.batches()
+    before = _mean_divergence(case, case.adapter, elsewhere)
+    write = generated_batches(rows=512, batch_size=32, max_length=12)
+    distill(case.adapter, case.base, case.tuned, write, tmp_path / "new", DistillConfig(steps=80))
+    assert _mean_divergence(case, tmp_path / "new", elsewhere) < 0.9 * before
+
+
+@torch.no_grad()
+def _mean_divergence(case, adapter, batches) -> float:
+    tuned = type(llama()).from_pretrained(case.tuned).eval()
+    served = DTSModel.from_pretrained(case.base, adapter)
+    found = [divergence(served(**b).logits.flatten(0, 1), tuned(**b).logits.flatten(0, 1)) for b in batches]
+    return float(torch.stack(found).mean())

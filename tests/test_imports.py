@@ -116,14 +116,15 @@ ALLOWED = {
         "growth", "lora", "model", "nn", "plan", "trainable",
     },
     "texts": {"checkpoint", "errors"},
+    "generated": {"endings", "errors"},
     "doctor": {"gpu", "native", "version"},
     "hardware": {"version"},
     "demo_lm": {"errors"},
     "demo": {"adapter_file", "compress", "config", "demo_lm", "distill", "errors", "hardware", "model", "texts"},
     "cli": {
         "atomic", "bench_report", "benchmark", "characteristic", "compress", "config", "demo", "dense", "distill",
-        "doctor", "errors", "export", "fuse", "hardware", "hub", "lora", "shapes", "texts", "timing", "verify",
-        "version",
+        "doctor", "errors", "export", "fuse", "generated", "hardware", "hub", "lora", "shapes", "texts", "timing",
+        "verify", "version",
     },
     "__init__": {
         "adapter_file", "characteristic", "codes", "compress", "config", "distill", "errors", "fit", "fuse", "model",
@@ -167,7 +168,9 @@ def test_modules_import_only_what_lies_below_them(file):
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_transformers_stays_where_models_are(file):
     _, others = imports_of(file)
-    assert ("transformers" in others) <= (file.stem in {"base", "renaming", "shapes", "texts", "demo", "demo_lm"})
+    assert ("transformers" in others) <= (
+        file.stem in {"base", "generated", "renaming", "shapes", "texts", "demo", "demo_lm"}
+    )
     assert "dts_fast" not in others, "imports within the package are relative"
 
 
