@@ -83,10 +83,12 @@ def fidelity() -> str:
     """KL of the refined method and of the exact SVD over the paper's, at equal bytes."""
     lines = (RESULTS / "fidelity.jsonl").read_text(encoding="utf-8").splitlines()
     head, rows = json.loads(lines[0])["header"], [json.loads(line) for line in lines[1:]]
+    own_head, own = _read("fidelity_generated.jsonl")
+    rows += [row for row in own if row["method"] == "generated"]
     out = [
         "| fine-tune | bytes of what is covered | paper: KL | refined / paper | distilled / paper "
-        "| exact SVD, same rank / paper |",
-        "|---|---|---|---|---|---|",
+        "| distilled from its own text / paper | exact SVD, same rank / paper |",
+        "|---|---|---|---|---|---|---|",
     ]
     for task in dict.fromkeys(row["task"] for row in rows):
         for density in dict.fromkeys(row.get("density") for row in rows if row["task"] == task):
@@ -94,7 +96,7 @@ def fidelity() -> str:
             if density is None:
                 continue
             paper = at["paper"]
-            methods = ("refined", "distilled", "exact SVD, equal rank")
+            methods = ("refined", "distilled", "generated", "exact SVD, equal rank")
             ratios = (f"{at[m]['kl'] / paper['kl']:.2f}" if m in at else "" for m in methods)
             out.append(f"| {task} | {paper['share_of_covered']:.2%} | {paper['kl']:.4f} | {' | '.join(ratios)} |")
     out += [
@@ -102,9 +104,11 @@ def fidelity() -> str:
         "KL: divergence (nats) of the compressed model's predictions from the fine-tune's, held-out inputs. *section* "
         "and *interface* are full fine-tunes of all-MiniLM-L6-v2 (embeddings left at the base), the others the demo's "
         "language models. *Distilled* adapters have seen other inputs of the same kind: 2,400 rows of 128 tokens, or "
-        "half of the encoders' held-out sentences, on the other half of which all methods are compared. The exact SVD "
-        "keeps its factors in float32, at 16 times the bytes. "
-        f"({hardware(head)}; [bench/results/fidelity.jsonl](bench/results/fidelity.jsonl))",
+        "half of the encoders' held-out sentences, on the other half of which all methods are compared; or, without "
+        "any data, as many rows as the fine-tune writes itself. The exact SVD keeps its factors in float32, at 16 "
+        "times the bytes. "
+        f"({hardware(head)}; [bench/results/fidelity.jsonl](bench/results/fidelity.jsonl); own text: "
+        f"{hardware(own_head["header"])}; [bench/results/fidelity_generated.jsonl](bench/results/fidelity_generated.jsonl))",
         "",
         "![KL against bytes](bench/results/fidelity.png)",
     ]
@@ -123,11 +127,15 @@ def distilled() -> str:
     paper = [row["share_of_covered"] for row in rows if row["method"] == "paper" and row["density"] == most]
     better = sum(kl[t, "distilled", density] < kl[t, "paper", most] for t in tasks)
     count = "all" if better == len(tasks) else better
+    _, own = _read("fidelity_generated.jsonl")
+    own = {(row["task"], row["method"]): row["kl"] for row in own if row.get("density") == density}
+    over["generated"] = [kl / own[task, "paper"] for (task, method), kl in own.items() if method == "generated"]
     ranges = {method: f"{min(ratios):.2f} to {max(ratios):.2f}" for method, ratios in over.items()}
     return (
         f"On {len(tasks)} fine-tunes, distilled adapters of {min(share):.1%} to {max(share):.1%} of the bytes they "
         f"cover are at {ranges['distilled']} of the divergence of the paper's of equal bytes ({ranges['refined']} "
-        f"before); {count} are nearer to the fine-tune than the paper's at {min(paper):.1%} to {max(paper):.1%} "
+        f"before); {count} are nearer to the fine-tune than the paper's at {min(paper):.1%} to {max(paper):.1%}. The "
+        f"{len(over['generated'])} language models reach {ranges['generated']} from text of their own "
         "([table](docs/measurements.md#fidelity-for-the-bytes)):"
     )
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from .checkpoint import HUB_KEYS, Checkpoint, hub_id
 from .endings import EOS_KEY, as_ends, end_tokens
 from .errors import CheckpointError, DTSError
-from .settings import as_served, conflicts
+from .settings import Conflict, as_served, differences
+
+
+class BaseSettings(NamedTuple):
+    """A base's own settings, of a model that may have been loaded with a fine-tune's.
+
+    Attributes:
+        config: its config.json.
+        classes: of a classifier.
+    """
+
+    config: Mapping[str, object]
+    classes: int | None
 
 
 def _set_padding(config: object, changed: Mapping[str, object]) -> None:
@@ -35,7 +49,7 @@ def _as_used(model: nn.Module, checkpoint: Checkpoint, changed: Mapping[str, obj
 
 def load_base(
     base_model: str | Path, changed: Mapping[str, object], model_kwargs: dict
-) -> tuple[nn.Module, dict[str, object]]:
+) -> tuple[nn.Module, BaseSettings]:
     """The base's weights in the model class of the fine-tune, and with its settings.
 
     Args:
@@ -44,8 +58,7 @@ def load_base(
         model_kwargs: for the ``from_pretrained`` of transformers.
 
     Returns:
-        The model; and where it computes otherwise than the base, because the fine-tune has changed a setting, the
-        base's, by dotted keys (there is a warning then), and the base's number of classes.
+        The model, and what the base itself says. There is a warning where a fine-tune computes otherwise than that.
 
     Raises:
         CheckpointError: it cannot be read, has no config.json, or is of no class of transformers.
@@ -72,9 +85,9 @@ def load_base(
     architecture = (settings.get("architectures") or [None])[0]
     found = getattr(transformers, str(architecture), None)
     model_class = found if isinstance(found, type) and hasattr(found, "from_pretrained") else transformers.AutoModel
-    try:
-        config = transformers.AutoConfig.for_model(**settings)
-        unchanged = transformers.AutoConfig.for_model(**checkpoint.config)
+    try:  # of copies: nested settings are changed in their place
+        config = transformers.AutoConfig.for_model(**copy.deepcopy(settings))
+        unchanged = transformers.AutoConfig.for_model(**copy.deepcopy(checkpoint.config))
     except (TypeError, ValueError) as error:
         kind = settings.get("model_type")
         raise CheckpointError(
@@ -82,7 +95,8 @@ def load_base(
             f"({str(error)[:200]}). Load it yourself, with trust_remote_code=True where it brings its own code, and "
             "pass the model: DTSModel.from_pretrained(model, adapter)."
         ) from error
-    own = _own_settings(unchanged, as_served(checkpoint.config, changed), base_model)
+    _warn_of_changes(differences(unchanged, config), base_model)
+    own = BaseSettings(checkpoint.config, getattr(unchanged, "num_labels", None))
     path = Path(base_model)
     if path.is_file():
         weights = checkpoint.as_stored()
@@ -97,8 +111,7 @@ def load_base(
     return _as_used(model, checkpoint, changed), own
 
 
-def _own_settings(unchanged: object, served: Mapping[str, object], base_model: str | Path) -> dict[str, object]:
-    found = conflicts(unchanged, served)
+def _warn_of_changes(found: Sequence[Conflict], base_model: str | Path) -> None:
     if found:
         said = ", ".join(f"{c.key} = {c.wanted} (the base: {c.have})" for c in found)
         warnings.warn(
@@ -106,6 +119,3 @@ def _own_settings(unchanged: object, served: Mapping[str, object], base_model: s
             "'__base__' are not the base's. Adapters of fine-tunes with other settings are refused.",
             stacklevel=4,
         )
-    own = {c.key: c.have for c in found}
-    classes = getattr(unchanged, "num_labels", None)
-    return own if classes is None else {**own, "num_labels": classes}

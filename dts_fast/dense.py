@@ -16,6 +16,7 @@ from .atomic import Marker, staged_directory
 from .checkpoint import Checkpoint, encode_numbers
 from .errors import CheckpointError, DTSError
 from .pieces import Piece
+from .settings import put_in
 
 # What stands beside the weights of a model: tokenizer, processor, generation settings.
 _COMPANION = re.compile(
@@ -78,7 +79,7 @@ def write_like(
         elif generation:  # transformers then takes them from there
             for_config |= generation
         if like.config:
-            merged = {**like.config, **for_config}
+            merged = put_in(like.config, for_config)
             text = json.dumps(encode_numbers(merged), indent=2, sort_keys=True)
             (staging / "config.json").write_text(text, encoding="utf-8")
 

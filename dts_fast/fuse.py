@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .endings import EOS_KEY
 from .errors import BaseMismatchError, DTSError
 from .fingerprint import merge_fingerprints
 from .mixture import check_weights, mix, select, similarity_weights
+from .settings import is_free
 from .version import __version__
 
 
@@ -91,6 +93,12 @@ def _config(members: Mapping[str, Adapter], weights: Mapping[str, float], parame
         key: value for key, value in first["model_config"].items()
         if all(config["model_config"].get(key) == value for config in configs)
     }  # fmt: skip
+    computed = {key for config in configs for key in config["model_config"] if not is_free(key)} - shared.keys()
+    if computed:
+        warnings.warn(
+            f"the members' fine-tunes differ in {', '.join(sorted(computed))}; the mixture has the base's.",
+            stacklevel=4,
+        )
     ends = [set(config.get(EOS_KEY, ())) for config in configs]
     return {
         **({EOS_KEY: first[EOS_KEY]} if ends[0] and all(own == ends[0] for own in ends) else {}),

@@ -16,7 +16,7 @@ from .apart import Apart
 from .arenas import Arenas
 from .atomic import staged_directory
 from .attach import LiveModel, Owned
-from .base import load_base
+from .base import BaseSettings, load_base
 from .batch import main_input
 from .calls import Calls
 from .characteristic import characteristic_of
@@ -107,7 +107,7 @@ class DTSModel(nn.Module):
         self._attaching = 0  # loads under way
         self._apart = Apart()
         self._residency = Residency(self.slots, self._wrappers, eviction == "lru", self._has_file, host_bytes)
-        self._base_settings: Mapping[str, object] = {}  # the base's, where the model has a fine-tune's (`load_base`)
+        self._base_settings: BaseSettings | None = None  # of a base that was loaded with a fine-tune's settings
         self.training = model.training
         self._calls = Calls(self._live, self.slots, self._wrappers, self._lease)
 
@@ -174,7 +174,7 @@ class DTSModel(nn.Module):
         """
         source = _Source.of(locate_adapter(adapter), verify_base)
         loaded, verify = open_adapter(source.folder)
-        own_settings: dict[str, object] = {}
+        own_settings = None
         if not isinstance(base_model, nn.Module):
             base_model, own_settings = load_base(base_model, loaded.config["model_config"], model_kwargs)
         elif model_kwargs:
@@ -404,7 +404,7 @@ class DTSModel(nn.Module):
 
     def _classes_of(self, name: str) -> int | None:
         labels = self.adapter_configs.get(name, {}).get("model_config", {}).get("id2label")
-        return len(labels) if labels else self._base_settings.get("num_labels")
+        return len(labels) if labels else self._base_settings and self._base_settings.classes
 
     def _ends_of(self, name: str) -> Ends | None:
         config = self.adapter_configs.get(name, {})
@@ -607,7 +607,10 @@ class DTSModel(nn.Module):
         """
         model = self._live.root
         config = getattr(model, "config", None)
-        differ = [] if config is None else conflicts(config, wanted, self._base_settings)
+        differ = []
+        if hasattr(config, "to_dict"):
+            own = config.to_dict() if self._base_settings is None else self._base_settings.config
+            differ = conflicts(config, own, wanted)
         kind = other_head(model, wanted)
         if kind is not None:
             differ.append(Conflict("its class", type(model).__name__, kind))
@@ -618,12 +621,11 @@ class DTSModel(nn.Module):
                 differ.append(Conflict("pad_token_id", ours, theirs))
         if differ:
             said = "; ".join(f"{c.key}: {c.wanted}, where the model has {c.have}" for c in differ)
-            own = (
-                "" if any(c.key in OF_THE_BASE for c in differ) else ", or in a DTSModel that is loaded for it by path"
-            )
+            by_path = self._base_settings is None and not any(c.key in OF_THE_BASE for c in differ)
+            path = ", or in a DTSModel that is loaded for it by the base's path" if by_path else ""
             raise BaseMismatchError(
                 f"the fine-tune differs from this model in what all rows of a call share ({said}): one model cannot do "
-                f"both. Serve it as a dense model (dts-fast export full){own}."
+                f"both. Serve it as a dense model (dts-fast export full){path}."
             )
 
 

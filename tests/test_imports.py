@@ -40,9 +40,10 @@ ALLOWED = {
         "endings", "errors", "fingerprint", "fit", "journal", "lora", "plan", "version",
     },
     "fuse": {
-        "adapter_file", "atomic", "card", "characteristic", "endings", "errors", "fingerprint", "mixture", "version",
+        "adapter_file", "atomic", "card", "characteristic", "endings", "errors", "fingerprint", "mixture",
+        "settings", "version",
     },
-    "dense": {"atomic", "checkpoint", "errors", "pieces"},
+    "dense": {"atomic", "checkpoint", "errors", "pieces", "settings"},
     "export": {"adapter_file", "checkpoint", "dense", "endings", "errors", "fingerprint", "growth"},
     "pieces": set(),
     "merging": {"errors", "nn.parameters"},

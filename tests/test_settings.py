@@ -12,7 +12,8 @@ import transformers
 
 from dts_fast import DTSConfig, DTSModel, compress
 from dts_fast.errors import BaseMismatchError, CheckpointError, DTSError
-from dts_fast.settings import Conflict, conflicts
+from dts_fast.export import export_full
+from dts_fast.settings import conflicts
 
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 56, "vocab_size": 60}
 
@@ -87,18 +88,96 @@ def test_what_changes_nothing_that_is_computed_is_no_conflict(llamas):
     assert model.config.use_cache
 
 
-def test_keys_of_older_releases_and_nested_ones():
-    config = transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    assert conflicts(config, {"rope_theta": 5e5, "rope_scaling": None, "unknown": 3}) == []
-    assert conflicts(config, {"rope_theta": 1e4}) == [Conflict("rope_parameters.rope_theta", 5e5, 1e4)]
-    assert conflicts(config, {"rope_parameters": {"rope_theta": 5e5}}, {"rope_parameters.rope_theta": 1e4}) == []
-    assert conflicts(config, {}, {"rope_parameters.rope_theta": 1e4}) == [
-        Conflict("rope_parameters.rope_theta", 5e5, 1e4)
-    ]
-    nested = transformers.LlavaConfig(text_config=config)
-    assert conflicts(nested, {"text_config": {"rms_norm_eps": 0.5, "dropout": 0.3, "_name": "x"}}) == [
-        Conflict("text_config.rms_norm_eps", config.rms_norm_eps, 0.5)
-    ]
+def changed(config, wanted: dict, own: dict | None = None) -> dict[str, object]:
+    """What an adapter wants otherwise than a model has it."""
+    own = config.to_dict() if own is None else own
+    before = json.dumps([own, wanted], default=str)
+    found = {c.key: c.wanted for c in conflicts(config, own, wanted)}
+    assert json.dumps([own, wanted], default=str) == before
+    return found
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+def test_positions_as_releases_of_transformers_write_them():
+    plain = transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert changed(plain, {"rope_theta": 5e5, "rope_scaling": None, "unsloth_version": "2025.1"}) == {}
+    assert changed(plain, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}) == {}
+    assert changed(plain, {"rope_theta": 1e4}) == {"rope_parameters.rope_theta": 1e4}
+    longer = changed(plain, {"rope_scaling": {"type": "linear", "factor": 8.0}})
+    assert longer["rope_parameters.factor"] == 8.0
+    assert longer["rope_parameters.rope_type"] == "linear"
+    scaled = transformers.LlamaConfig(rope_parameters={**LLAMA3, "rope_theta": 5e5})
+    assert changed(scaled, {"rope_theta": 5e5, "rope_scaling": LLAMA3}) == {}
+    assert changed(scaled, {"rope_theta": 5e5, "rope_scaling": None})["rope_parameters.rope_type"] == "default"
+    assert changed(scaled, {"rope_scaling": {**LLAMA3, "factor": 32.0}}) == {"rope_parameters.factor": 32.0}
+    # The base's, where the model has a fine-tune's.
+    assert changed(scaled, {}, own=plain.to_dict())["rope_parameters.rope_type"] == "default"
+    nested = transformers.LlavaConfig(text_config=plain)
+    assert changed(nested, {"text_config": {**plain.to_dict(), "rms_norm_eps": 0.5, "attention_dropout": 0.3}}) == {
+        "text_config.rms_norm_eps": 0.5
+    }
+
+
+def test_what_is_written_otherwise_and_means_the_same():
+    idle = transformers.Qwen2Config(use_sliding_window=False, sliding_window=32768, max_window_layers=24)
+    assert idle.sliding_window is None
+    assert changed(idle, {"sliding_window": 32768, "max_window_layers": 21, "head_dim": None}) == {}
+    used = transformers.Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=2)
+    assert changed(used, {"sliding_window": 32, "max_window_layers": 3}) == {
+        "sliding_window": 32, "max_window_layers": 3
+    }  # fmt: skip
+    llama = transformers.LlamaConfig(**SMALL)
+    assert llama.num_key_value_heads == llama.num_attention_heads
+    assert changed(llama, {"num_key_value_heads": None, "head_dim": None}) == {}
+    assert changed(llama, {"num_key_value_heads": 2}) == {"num_key_value_heads": 2}
+    # Of training, of generation, and what other programs leave.
+    whisper = transformers.WhisperConfig(forced_decoder_ids=[[1, 2]], suppress_tokens=[5], mask_time_prob=0.05)
+    left = {"forced_decoder_ids": None, "suppress_tokens": [], "mask_time_prob": 0.5}
+    assert changed(whisper, left) == {}
+    marked = transformers.LlamaConfig(**SMALL, unsloth_version="2024.9", model_max_length=5)
+    assert changed(marked, {"unsloth_version": "2025.1", "model_max_length": 7}) == {}
+
+
+STYLES = {  # how the base's config.json has positions, and how the fine-tune's
+    "old": {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "old, longer": {"rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "new": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
+    "new, longer": {"rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 4.0}},
+    "new, plain": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("old", "new"), ("new", "old"), ("old", "new, longer"), ("new", "old, longer"), ("old", "old, longer"),
+     ("new", "new, longer"), ("old", "new, plain"), ("new", "new, plain")],
+)  # fmt: skip
+def test_bases_and_fine_tunes_of_different_releases(llamas, ours, theirs):
+    folder = llamas()
+    for name, style in (("base", ours), ("tuned-other", theirs), ("tuned-plain", ours)):
+        file = folder / name / "config.json"
+        settings = {k: v for k, v in json.loads(file.read_text()).items() if not k.startswith("rope_")}
+        file.write_text(json.dumps(settings | STYLES[style]))
+        if name != "base":
+            adapter = name.removeprefix("tuned-")
+            compress(folder / "base", folder / name, folder / adapter, DTSConfig(rank=4), overwrite=True)
+    wanted = transformers.AutoConfig.from_pretrained(folder / "tuned-other").rope_parameters
+    same = wanted == transformers.AutoConfig.from_pretrained(folder / "base").rope_parameters
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model = DTSModel.from_pretrained(folder / "base", folder / "other", "other")
+    assert model.config.rope_parameters == wanted
+    assert any("settings of the fine-tune" in str(w.message) for w in caught) == (not same)
+    export_full(folder / "other", folder / "base", folder / "full")
+    assert transformers.AutoConfig.from_pretrained(folder / "full").rope_parameters == wanted
+    if same:
+        model.load_adapter(folder / "plain", "plain")
+    else:
+        with pytest.raises(BaseMismatchError, match="rope_parameters"):
+            model.load_adapter(folder / "plain", "plain")
 
 
 @pytest.fixture
