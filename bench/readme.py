@@ -108,7 +108,8 @@ def fidelity() -> str:
         "any data, as many rows as the fine-tune writes itself. The exact SVD keeps its factors in float32, at 16 "
         "times the bytes. "
         f"({hardware(head)}; [bench/results/fidelity.jsonl](bench/results/fidelity.jsonl); own text: "
-        f"{hardware(own_head["header"])}; [bench/results/fidelity_generated.jsonl](bench/results/fidelity_generated.jsonl))",
+        f"{hardware(own_head['header'])}; "
+        "[bench/results/fidelity_generated.jsonl](bench/results/fidelity_generated.jsonl))",
         "",
         "![KL against bytes](bench/results/fidelity.png)",
     ]
@@ -135,7 +136,7 @@ def distilled() -> str:
         f"On {len(tasks)} fine-tunes, distilled adapters of {min(share):.1%} to {max(share):.1%} of the bytes they "
         f"cover are at {ranges['distilled']} of the divergence of the paper's of equal bytes ({ranges['refined']} "
         f"before); {count} are nearer to the fine-tune than the paper's at {min(paper):.1%} to {max(paper):.1%}. The "
-        f"{len(over['generated'])} language models reach {ranges['generated']} from text of their own "
+        f"{len(over['generated'])} language models reach {ranges['generated']} from text that they wrote themselves "
         "([table](docs/measurements.md#fidelity-for-the-bytes)):"
     )
 

@@ -62,7 +62,7 @@ def check_target(target: Path, *, overwrite: bool, marker: Marker) -> None:
             )
         if not overwrite:
             raise DTSError(f"{target} exists already; nothing was changed. Choose another path, or pass --overwrite.")
-        if any(entry.is_dir() for entry in target.iterdir()):
+        if any(entry.is_dir() and entry.name != ".cache" for entry in target.iterdir()):  # a download's notes
             raise DTSError(
                 f"{target} holds directories, which would be lost; nothing was changed. Move them away, or choose "
                 "another path."

@@ -395,7 +395,7 @@ class VectorTable(nn.Module):
     def _follow(self, base: Tensor) -> None:
         """Take over another base."""
         values = self._buffers["values"]
-        if torch.equal(values[-1], base):
+        if values.is_meta or base.is_meta or torch.equal(values[-1], base.to(values.device)):
             return
         values.copy_(base)
         for slot, delta in self.deltas.items():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ class DistillConfig:
         if self.steps < 1:
             raise DTSError(f"steps must be 1 or more, got {self.steps}.")
         for name in ("learning_rate", "scale_learning_rate", "held_out"):
-            if type(getattr(self, name)) not in (int, float):
+            if not isinstance(getattr(self, name), Real) or isinstance(getattr(self, name), bool):
                 raise DTSError(f"{name} must be a number, got {getattr(self, name)!r}.")
         for name in ("learning_rate", "scale_learning_rate"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .endings import as_ends
 from .errors import DTSError
 
-_AT_ONCE = 64  # rows: steps of a generation take as long for one
+_MOST_ROWS, _MOST_TOKENS = 64, 16384  # written together, unless a batch has more: the cache has to hold them
 
 
 def generated_batches(
@@ -35,13 +35,16 @@ def generated_batches(
         ``[batch_size, <= max_length]``. It raises `DTSError` for a model that writes no text, or has no first token.
 
     Raises:
-        DTSError: sizes below 1, or a prefix that leaves no room.
+        DTSError: sizes below 1, fewer rows than two batches, or a prefix that leaves no room.
     """
-    if rows < 1 or batch_size < 1 or max_length <= max(1, len(prefix)):
+    if batch_size < 1 or rows <= batch_size or max_length <= max(1, len(prefix)):
         raise DTSError(
-            f"expected rows and batch_size of 1 or more and max_length above the prefix's {len(prefix)} (or 1); got "
-            f"{rows}, {batch_size} and {max_length}."
+            "expected batch_size of 1 or more, rows for two batches, and max_length above 1 and the prefix's "
+            f"{len(prefix)}; got {batch_size}, {rows} and {max_length}."
         )
+
+    # Whole batches, some of which a step of a generation takes as long for as for one.
+    at_once = max(1, min(_MOST_ROWS, _MOST_TOKENS // max_length) // batch_size) * batch_size
 
     def write(model: nn.Module) -> list[dict[str, Tensor]]:
         config = getattr(model, "config", None)
@@ -51,15 +54,16 @@ def generated_batches(
             )
         settings = model.generation_config
         ends = as_ends(settings.eos_token_id)
-        first = list(prefix) or [t for t in (settings.bos_token_id, config.bos_token_id, *ends) if t is not None][:1]
+        begins = settings.bos_token_id, getattr(config, "bos_token_id", None), *ends
+        first = list(prefix) or [token for token in begins if token is not None][:1]
         if not first:
             raise DTSError(f"{type(model).__name__} has no token that texts begin with. Give a prefix.")
         padding = settings.pad_token_id if settings.pad_token_id is not None else (ends or first)[0]
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             parts = [
-                _written(model, min(_AT_ONCE, rows - done), first, max_length, ends, padding)
-                for done in range(0, rows, _AT_ONCE)
+                _written(model, min(at_once, rows - done), first, max_length, ends, padding)
+                for done in range(0, rows, at_once)
             ]
         return [
             {"input_ids": ids, "attention_mask": mask}

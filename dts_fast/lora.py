@@ -271,7 +271,7 @@ class LoraCheckpoint(Checkpoint):
         for module, pair in pairs.items():
             name = of_base(f"{module}.weight")
             if name not in base.tensors:
-                if _is_tied_head(tables, base, *(lora.tensors[pair[factor]].shape for factor in "BA")):
+                if _is_like(tables, base, (lora.tensors[pair["B"]].shape[0], lora.tensors[pair["A"]].shape[-1])):
                     if not tied:
                         raise _untied(path, module)
                     whole.pop(f"{module}.weight", None)
@@ -282,8 +282,12 @@ class LoraCheckpoint(Checkpoint):
                 )
             low_rank[name] = pair["A"], pair["B"], _scaling(config, module, lora.tensors[pair["A"]].shape)
         whole = {of_base(name): key for name, key in whole.items()}
-        if not tied and (changed := [table for table in tables if table in low_rank or table in whole]):
-            raise _untied(path, changed[0])
+        # PEFT writes both whole where a vocabulary was resized; and a classifier has no head of this kind.
+        heads = (lora.tensors[key].shape for name, key in whole.items() if name not in base.tensors)
+        with_head = any(_is_like(tables, base, shape) for shape in heads)
+        alone = [t for t in tables if t in low_rank or (t in whole and not with_head)]
+        if alone and not tied and config.get("task_type") not in _WITHOUT_HEAD:
+            raise _untied(path, alone[0])
         tensors = {**base.tensors, **{name: lora.tensors[key] for name, key in whole.items()}}
         # Their file is the LoRA's: what was made of it is made again when that changes.
         tensors |= {
@@ -320,10 +324,14 @@ class LoraCheckpoint(Checkpoint):
         return before.to(torch.promote_types(before.dtype, torch.float32)) + delta.reshape(before.shape)
 
 
-def _is_tied_head(tables: Sequence[str], base: Checkpoint, b: tuple[int, ...], a: tuple[int, ...]) -> bool:
-    """Whether factors B ``[out, r]`` and A ``[r, in]`` may be of a head that the checkpoint leaves out, because a table
-    (or a resized one) is its own."""
-    return any(base.tensors[table].shape[0] <= b[0] and base.tensors[table].shape[1] == a[-1] for table in tables)
+def _is_like(tables: Sequence[str], base: Checkpoint, shape: tuple[int, ...]) -> bool:
+    """Whether a weight ``[out, in]`` may be of a head that the checkpoint leaves out, as a table (or a resized one) is
+    its own."""
+    shapes = [base.tensors[table].shape for table in tables]
+    return any(len(shape) == 2 and own[0] <= shape[0] and own[1] == shape[1] for own in shapes)
+
+
+_WITHOUT_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # tasks of PEFT
 
 
 def _untied(path: str | Path, changed: str) -> CheckpointError:

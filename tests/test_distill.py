@@ -461,11 +461,17 @@ def test_rows_that_the_model_writes_itself():
             assert mask == [1] * (end + 1) + [0] * (len(ids) - end - 1)
             seen |= set(ids[1 : end + 1])
     assert len(seen) > 30  # of 60: with the model's own settings it would be a handful
-    prefixed = generated_batches(rows=2, max_length=6, prefix=[9, 8, 7])(
-        model
-    )  # an end token of the prefix ends nothing
-    assert prefixed[0]["input_ids"][:, :3].tolist() == [[9, 8, 7]] * 2
-    assert (prefixed[0]["attention_mask"][:, :4] == 1).all()
+    sizes = [len(b["input_ids"]) for b in generated_batches(rows=200, batch_size=48, max_length=4)(model)]
+    assert sizes == [48, 48, 48, 48, 8]
+    # An end token of a prefix ends nothing.
+    prefixed = generated_batches(rows=2, batch_size=1, max_length=6, prefix=[9, 8, 7])(model)
+    for batch in prefixed:
+        assert batch["input_ids"][:, :3].tolist() == [[9, 8, 7]]
+        assert (batch["attention_mask"][:, :4] == 1).all()
+    nested = transformers.LlavaConfig(text_config=model.config)
+    assert not hasattr(nested, "bos_token_id")
+    model.config = nested
+    assert generated_batches(rows=4, batch_size=2, max_length=4)(model)[0]["input_ids"][:, 0].tolist() == [3, 3]
 
 
 def test_who_writes_no_text_is_told():
@@ -475,8 +481,8 @@ def test_who_writes_no_text_is_told():
     model.generation_config.bos_token_id = model.config.bos_token_id = model.generation_config.eos_token_id = None
     with pytest.raises(DTSError, match="no token that texts begin with"):
         generated_batches()(model)
-    for wrong in ({"rows": 0}, {"batch_size": 0}, {"max_length": 1}, {"max_length": 3, "prefix": [1, 2, 3]}):
-        with pytest.raises(DTSError, match="1 or more"):
+    for wrong in ({"rows": 16}, {"batch_size": 0}, {"max_length": 1}, {"max_length": 3, "prefix": [1, 2, 3]}):
+        with pytest.raises(DTSError, match="rows for two batches"):
             generated_batches(**wrong)
 
 

@@ -350,6 +350,37 @@ def test_a_lora_of_a_tied_table_without_its_head_is_refused(tmp_path, settings):
         compress(tmp_path / "base", tmp_path / "lora", tmp_path / "a", DTSConfig(rank=2))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("settings", ["resized", "saved", "both whole", "classifier"])
+def test_a_lora_beside_a_tied_table_is_none_of_it(tmp_path, settings):
+    """PEFT writes table and head whole where a vocabulary grew, and where it is told to."""
+    peft = pytest.importorskip("peft")
+    base = FAMILIES["llama tied"]()
+    base.save_pretrained(tmp_path / "base")
+    tuned = type(base).from_pretrained(tmp_path / "base")
+    more = {"modules_to_save": ["embed_tokens", "lm_head"]} if settings == "both whole" else {}
+    if settings == "classifier":
+        tuned, more = (
+            transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "base"),
+            {"task_type": "SEQ_CLS"},
+        )
+    if settings in ("resized", "classifier"):
+        tuned.resize_token_embeddings(VOCABULARY + 2)
+    lora = peft.get_peft_model(tuned, peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], **more))
+    if settings == "both whole":
+        for name, parameter in lora.named_parameters():
+            if "modules_to_save" in name and "embed_tokens" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    lora.save_pretrained(tmp_path / "lora", save_embedding_layers=True if settings == "saved" else "auto")
+    compress(tmp_path / "base", tmp_path / "lora", tmp_path / "a", DTSConfig(rank=16))
+    if settings == "classifier":
+        return
+    ids = torch.tensor([[5, 7, 9]])
+    got = DTSModel.from_pretrained(tmp_path / "base", tmp_path / "a", "a")(ids).logits[..., :VOCABULARY]
+    wanted, plain = (m.eval()(ids).logits[..., :VOCABULARY] for m in (lora, base))
+    assert (got - wanted).norm() < 0.8 * (wanted - plain).norm()
+
+
 def test_kinds_of_lora_that_are_no_sums_are_refused(tmp_path):
     peft = pytest.importorskip("peft")
     base = FAMILIES["phi"]()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from dts_fast import DTSConfig, DTSModel, compress
+from dts_fast import DTSConfig, DTSModel, compress, fuse
 from dts_fast.errors import BaseMismatchError, CheckpointError, DTSError
 from dts_fast.export import export_full
 from dts_fast.settings import conflicts
@@ -236,3 +236,9 @@ def test_an_architecture_that_is_no_class(llamas):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["pipeline"]}))
     with pytest.raises(BaseMismatchError, match="got LlamaModel"):  # which has no head
         DTSModel.from_pretrained(folder / "base", folder / "plain", "plain")
+
+
+def test_mixtures_in_files_say_in_what_their_members_differ(llamas):
+    folder = llamas(hidden_act="relu", use_cache=False)
+    with pytest.warns(UserWarning, match="differ in hidden_act; the mixture has the base's"):
+        fuse([folder / "plain", folder / "other"], folder / "mixture", weights=[0.5, 0.5])
