@@ -6,26 +6,13 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import nn
 
 from .checkpoint import HUB_KEYS, Checkpoint, hub_id
 from .endings import EOS_KEY, as_ends, end_tokens
 from .errors import CheckpointError, DTSError
-from .settings import Conflict, as_served, differences
-
-
-class BaseSettings(NamedTuple):
-    """A base's own settings, of a model that may have been loaded with a fine-tune's.
-
-    Attributes:
-        config: its config.json.
-        classes: of a classifier.
-    """
-
-    config: Mapping[str, object]
-    classes: int | None
+from .settings import BaseSettings, Conflict, as_served, differences
 
 
 def _set_padding(config: object, changed: Mapping[str, object]) -> None:

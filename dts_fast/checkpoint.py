@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, DTSWarning
 from .growth import grown_like, is_token_table
 from .pieces import Piece
 
@@ -356,7 +356,7 @@ def pair_tensors(
             )
             if option != "exclude":
                 raise CheckpointError(said)
-            warnings.warn(said, stacklevel=4)  # one pattern may be for many models
+            warnings.warn(said, DTSWarning, stacklevel=4)  # one pattern may be for many models
     pairs, added, tied, skipped, grown, missing, shapes = {}, {}, {}, {}, set(), [], []
     both = {n: (base.tensors[n].shape, model.tensors[t].shape) for n, t in model_name.items() if n in base.tensors}
     tables = [own for name, own in both.items() if is_embedding(name, own[0]) and is_token_table(name)]

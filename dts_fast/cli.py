@@ -54,10 +54,15 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="dts-fast")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no remarks on stderr, errors and warnings alone.")
-@click.option("-v", "--verbose", is_flag=True, help="Warnings, and where an error comes from.")
+@click.option("-v", "--verbose", is_flag=True, help="All warnings, and where an error comes from.")
 def main(quiet, verbose) -> None:
     """Many fine-tuned variants of one model, each about 1 % of it, served from one resident base."""
+    from .errors import DTSWarning
+
     warnings.simplefilter("default" if verbose else "ignore")
+    if not verbose:  # ours, without the line of code that they come from
+        warnings.filterwarnings("always", category=DTSWarning)
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
     if quiet:
         logging.disable(logging.WARNING)  # other libraries'
 

@@ -19,7 +19,7 @@ from .codes import CodedMatrix, LowRankDelta
 from .config import DTSConfig
 from .decompose import singular_values
 from .endings import EOS_KEY, end_tokens
-from .errors import CheckpointError, DTSError
+from .errors import CheckpointError, DTSError, DTSWarning
 from .fingerprint import take_fingerprint
 from .fit import checked, fit, fit_vector, relative_error
 from .journal import Journal
@@ -110,7 +110,8 @@ def compress(
                 parameters[name], errors[name] = found
         if not parameters:
             reasons = ", ".join(sorted(set(skipped.values()))) or "the base has no parameters"
-            warnings.warn(f"the adapter is empty: no tensor of {model} is left to store ({reasons}).", stacklevel=2)
+            said = f"the adapter is empty: no tensor of {model} is left to store ({reasons})."
+            warnings.warn(said, DTSWarning, stacklevel=2)
         if progress is not None:
             progress("writing", len(names), len(names))
         fingerprint = take_fingerprint(base.get, [n for n, p in parameters.items() if not isinstance(p, Tensor)])

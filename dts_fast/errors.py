@@ -7,6 +7,10 @@ class DTSError(Exception):
     """Base class of every error that dts_fast raises on bad input."""
 
 
+class DTSWarning(UserWarning):
+    """Input that is taken and is hardly what was meant; commands print it too."""
+
+
 class CheckpointError(DTSError, ValueError):
     """A model checkpoint cannot be read, or two checkpoints do not belong together."""
 

@@ -13,7 +13,7 @@ from .atomic import check_target
 from .card import render_card
 from .characteristic import characteristic_of
 from .endings import EOS_KEY
-from .errors import BaseMismatchError, DTSError
+from .errors import BaseMismatchError, DTSError, DTSWarning
 from .fingerprint import merge_fingerprints
 from .mixture import check_weights, mix, select, similarity_weights
 from .settings import is_free
@@ -97,6 +97,7 @@ def _config(members: Mapping[str, Adapter], weights: Mapping[str, float], parame
     if computed:
         warnings.warn(
             f"the members' fine-tunes differ in {', '.join(sorted(computed))}; the mixture has the base's.",
+            DTSWarning,
             stacklevel=4,
         )
     ends = [set(config.get(EOS_KEY, ())) for config in configs]

@@ -215,7 +215,7 @@ def open_fine_tune(model: str | Path, base_model: str | Path, **hub: object) -> 
     kind = _peft_type(model)
     if kind not in (None, "LORA"):
         raise CheckpointError(f"{model} is a PEFT adapter of type {kind}; expected a whole model, or a LoRA.")
-    return LoraCheckpoint.of(model, Checkpoint.open(base_model, **hub)) if is_lora(model) else Checkpoint.open(model)
+    return LoraCheckpoint.of(model, Checkpoint.open(base_model, **hub)) if kind else Checkpoint.open(model)
 
 
 @dataclass(frozen=True)

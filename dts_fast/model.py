@@ -16,7 +16,7 @@ from .apart import Apart
 from .arenas import Arenas
 from .atomic import staged_directory
 from .attach import LiveModel, Owned
-from .base import BaseSettings, load_base
+from .base import load_base
 from .batch import main_input
 from .calls import Calls
 from .characteristic import characteristic_of
@@ -29,7 +29,7 @@ from .nn import DTSModule
 from .prepack import no_kernels
 from .residency import Residency
 from .routing import current_route, route
-from .settings import OF_THE_BASE, Conflict, conflicts, other_head
+from .settings import BaseSettings, check_settings
 from .slots import BASE, CacheInfo, SlotTable
 from .wrapping import Wrapping
 
@@ -591,42 +591,13 @@ class DTSModel(nn.Module):
             BaseMismatchError: it is of another base, or changes what rows of one call must share.
         """
         owned, live = self._live.owners(adapter)
-        self._check_settings(adapter.config["model_config"])
+        check_settings(self._live.root, self._base_settings, adapter.config["model_config"])
         for path, parameters in owned.items():
             own = self._wrappers.get(path) or DTSModule(self._live.modules[path], slots=self.slots)
             own.check_parameters(parameters, path)
         if verify_base:
             self._live.check_base(adapter, live)
         return owned
-
-    def _check_settings(self, wanted: Mapping[str, object]) -> None:
-        """Rows of one call cannot differ in what the model's configuration says.
-
-        Raises:
-            BaseMismatchError: the fine-tune has other settings, or another kind of head, than the model.
-        """
-        model = self._live.root
-        config = getattr(model, "config", None)
-        differ = []
-        if hasattr(config, "to_dict"):
-            own = config.to_dict() if self._base_settings is None else self._base_settings.config
-            differ = conflicts(config, own, wanted)
-        kind = other_head(model, wanted)
-        if kind is not None:
-            differ.append(Conflict("its class", type(model).__name__, kind))
-        # A classifier that decodes looks for the last token that is none.
-        if type(model).__name__.endswith("ForSequenceClassification") and "pad_token_id" in wanted:
-            theirs, ours = wanted["pad_token_id"], getattr(config, "pad_token_id", None)
-            if theirs != ours and None not in (theirs, ours) and theirs < getattr(config, "vocab_size", 0):
-                differ.append(Conflict("pad_token_id", ours, theirs))
-        if differ:
-            said = "; ".join(f"{c.key}: {c.wanted}, where the model has {c.have}" for c in differ)
-            by_path = self._base_settings is None and not any(c.key in OF_THE_BASE for c in differ)
-            path = ", or in a DTSModel that is loaded for it by the base's path" if by_path else ""
-            raise BaseMismatchError(
-                f"the fine-tune differs from this model in what all rows of a call share ({said}): one model cannot do "
-                f"both. Serve it as a dense model (dts-fast export full){path}."
-            )
 
 
 # Methods of PEFT's models, and those with which models of transformers take PEFT's adapters themselves.

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
+from .errors import BaseMismatchError
+
 # Of which a model that is loaded for a fine-tune keeps the base's: heads, tokens and their ties come with adapters, and
 # training scripts switch off caches.
 OF_THE_BASE = ("tie_word_embeddings", "vocab_size", "scale_decoder_outputs", "use_cache")
@@ -42,6 +44,50 @@ class Conflict(NamedTuple):
     key: str
     have: object
     wanted: object
+
+
+class BaseSettings(NamedTuple):
+    """A base's own settings, of a model that may have been loaded with a fine-tune's.
+
+    Attributes:
+        config: its config.json.
+        classes: of a classifier.
+    """
+
+    config: Mapping[str, object]
+    classes: int | None
+
+
+def check_settings(model: object, base: BaseSettings | None, changed: Mapping[str, object]) -> None:
+    """Rows of one call cannot differ in what the model's configuration says.
+
+    Args:
+        model: a bare model, of transformers or any other.
+        base: its own settings, where it was loaded with a fine-tune's.
+        changed: what the fine-tune of an adapter has changed (``model_config``).
+
+    Raises:
+        BaseMismatchError: the fine-tune has other settings, or another kind of head, than the model.
+    """
+    config, differ = getattr(model, "config", None), []
+    if hasattr(config, "to_dict"):
+        differ = conflicts(config, config.to_dict() if base is None else base.config, changed)
+    kind = _other_head(model, changed)
+    if kind is not None:
+        differ.append(Conflict("its class", type(model).__name__, kind))
+    # A classifier that decodes looks for the last token that is none.
+    if type(model).__name__.endswith("ForSequenceClassification") and "pad_token_id" in changed:
+        theirs, ours = changed["pad_token_id"], getattr(config, "pad_token_id", None)
+        if theirs != ours and None not in (theirs, ours) and theirs < getattr(config, "vocab_size", 0):
+            differ.append(Conflict("pad_token_id", ours, theirs))
+    if differ:
+        said = "; ".join(f"{c.key}: {c.wanted}, where the model has {c.have}" for c in differ)
+        by_path = base is None and not any(c.key in OF_THE_BASE for c in differ)
+        path = ", or in a DTSModel that is loaded for it by the base's path" if by_path else ""
+        raise BaseMismatchError(
+            f"the fine-tune differs from this model in what all rows of a call share ({said}): one model cannot do "
+            f"both. Serve it as a dense model (dts-fast export full){path}."
+        )
 
 
 def put_in(own: Mapping[str, object], changed: Mapping[str, object]) -> dict[str, object]:
@@ -150,7 +196,7 @@ def _is_idle(config: object, key: str) -> bool:
     return name in ("max_window_layers", "sliding_window") and getattr(config, "use_sliding_window", None) is False
 
 
-def other_head(model: object, settings: Mapping[str, object]) -> str | None:
+def _other_head(model: object, settings: Mapping[str, object]) -> str | None:
     """The class of a fine-tune, where it has another kind of head than a model; None where it has not, or where
     either has none."""
     wanted = str((settings.get("architectures") or [""])[0])

@@ -20,7 +20,8 @@ def read_texts(path: str | Path, field: str = "text") -> list[str]:
     """The texts of a file: of ``.jsonl`` or ``.ndjson`` one for each line, under a key; any other is one running text.
 
     Raises:
-        DTSError: it cannot be read, is not UTF-8, has no text, is ``.json``, or a line is not as expected.
+        DTSError: it cannot be read, is not UTF-8, has no text, is of another kind (``.json``, ``.csv``, ...), or
+            a line is not as expected.
     """
     path = Path(path)
     kind = path.suffix.lower()

@@ -45,6 +45,19 @@ def test_compress_inspect_verify_export(tmp_path, checkpoints, adapter):
     assert load_file(dense / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
 
 
+def test_what_is_hardly_meant_is_told(tmp_path, checkpoints):
+    base, tuned = checkpoints
+    common = ["-q", "compress", "--base-model", base, "--rank", "2", "--out-path"]
+    for more, said in (
+        ([tmp_path / "a", "--model", base], "warning: the adapter is empty: no tensor of"),
+        ([tmp_path / "b", "--model", tuned, "--exclude", "lm_haed"], "warning: --exclude 'lm_haed' matches no tensor"),
+    ):
+        result = CliRunner().invoke(main, [str(a) for a in [*common, *more]])
+        assert result.exit_code == 0, result.output
+        assert result.stderr.startswith(said)
+        assert "warnings.warn" not in result.stderr
+
+
 def test_what_looks_like_no_fine_tune_is_told(tmp_path, checkpoints):
     base, tuned = checkpoints
     tensors = load_file(base / "model.safetensors")

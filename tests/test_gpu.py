@@ -79,6 +79,8 @@ def test_every_launch_of_the_decode_kernel_computes_the_same(shape, few, slices,
 @pytest.mark.parametrize("shape", SHAPES, ids="-".join)
 def test_a_kernel_that_begins_early_waits_for_what_it_reads(shape, few):
     """Each decodes what the one right before it has written: in a graph, so that nothing else lies between them."""
+    if few and shape[0] != "1":
+        pytest.skip("more than a tile of rows")
     torch.utils.deterministic.fill_uninitialized_memory = False  # would be a kernel between any two
     size = 2056
     layer, _ = layer_of(size, size, torch.bfloat16)

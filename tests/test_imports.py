@@ -47,7 +47,7 @@ ALLOWED = {
     "export": {"adapter_file", "checkpoint", "dense", "endings", "errors", "fingerprint", "growth"},
     "pieces": set(),
     "merging": {"errors", "nn.parameters"},
-    "settings": set(),
+    "settings": {"errors"},
     "base": {"checkpoint", "endings", "errors", "settings"},
     "renaming": {"checkpoint", "nn.parameters", "pieces"},
     "lora": {"adapter_file", "atomic", "checkpoint", "codes", "errors", "export", "renaming"},

@@ -12,75 +12,13 @@ import time
 import pytest
 import torch
 from conftest import write_checkpoint
+from small_net import IDS, NAMES, Net, check, contents, expected, folder, make_model  # noqa: F401
 from torch import nn
 
 from dts_fast import DTSConfig, DTSModel, compress, route
 from dts_fast.errors import AdapterFormatError, BaseMismatchError, CapacityError, DTSError, UnknownAdapterError
-from dts_fast.writes import Writes
 
 model_module = importlib.import_module("dts_fast.model")
-NAMES = ["a", "b", "c", "d"]
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(30, 20)
-        self.first, self.norm, self.second = nn.Linear(20, 24), nn.LayerNorm(24), nn.Linear(24, 7)
-
-    def forward(self, input_ids):
-        return self.second(self.norm(self.first(self.embed(input_ids))).relu())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A base, and adapters that change all of its parameters; "big" has a higher rank."""
-    torch.manual_seed(0)
-    folder, base = tmp_path_factory.mktemp("adapters"), Net()
-    write_checkpoint(folder / "base", base.state_dict())
-    for name in [*NAMES, "big"]:
-        tuned = {n: p + 0.2 * torch.randn_like(p) for n, p in base.state_dict().items()}
-        write_checkpoint(folder / f"tuned_{name}", tuned)
-        config = DTSConfig(rank=20 if name == "big" else 7)
-        compress(folder / "base", folder / f"tuned_{name}", folder / name, config)
-    torch.save(base.state_dict(), folder / "base.pt")
-    return folder
-
-
-def make_model(folder, **settings) -> DTSModel:
-    base = Net()
-    base.load_state_dict(torch.load(folder / "base.pt", weights_only=True))
-    return DTSModel(base.eval(), **settings)
-
-
-IDS = torch.arange(12).reshape(2, 6)
-
-
-@pytest.fixture(scope="module")
-def expected(folder) -> dict[str, torch.Tensor]:
-    """What each adapter alone computes."""
-    model = make_model(folder)
-    for name in [*NAMES, "big"]:
-        model.load_adapter(folder / name, name)
-    with torch.no_grad():
-        return {name: model(IDS, adapter_names=name) for name in [*NAMES, "big", "__base__"]}
-
-
-def contents(model: DTSModel) -> list:
-    """Everything that a load may change."""
-    state = [model.adapter_names, model.resident_adapters, model.active_adapter, dict(model.adapter_configs)]
-    for path, wrapper in sorted(model._wrappers.items()):
-        state += [path, dict(wrapper.stored), dict(wrapper.loaded)]
-        for table in wrapper.children():
-            if hasattr(table, "_free"):
-                state += [list(table._free), dict(table._listed), dict(table._users), table.slot_pages.tolist()]
-    return state
-
-
-@torch.no_grad()
-def check(model: DTSModel, expected: dict[str, torch.Tensor], *names: str) -> None:
-    for name in names:
-        assert torch.equal(model(IDS, adapter_names=name), expected[name]), name
 
 
 def test_the_least_recently_used_is_evicted_and_loaded_again_when_used(folder, expected):
@@ -235,49 +173,6 @@ def test_pages_are_freed_for_larger_adapters(folder, expected):
     assert "c" in model.resident_adapters
     assert "a" not in model.resident_adapters
     check(model, expected, "big", "c", "a", "b")
-
-
-def test_a_load_that_fails_leaves_everything_as_it_was(folder, expected, monkeypatch, tmp_path):
-    model = make_model(folder, max_adapters=3, eviction="lru")
-    for name in "abc":
-        model.load_adapter(folder / name, name)
-    before = contents(model)
-    last = list(model._wrappers.values())[-1]
-
-    def fail(slot, parameters, writes, original=last.load_slot):
-        original(slot, parameters, writes)
-        raise MemoryError
-
-    shutil.copytree(folder / "d", tmp_path / "damaged")
-    (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(b"no")
-    with pytest.raises(AdapterFormatError):
-        model.load_adapter(tmp_path / "damaged", "d")
-    with pytest.raises(AdapterFormatError):
-        model.load_adapter(tmp_path / "damaged", "a", replace=True)
-    assert contents(model) == before
-    model.delete_adapter("c")
-    before = contents(model)
-    monkeypatch.setattr(last, "load_slot", fail)
-    with pytest.raises(MemoryError):
-        model.load_adapter(folder / "d", "d")
-    with pytest.raises(MemoryError):
-        model.load_adapter(folder / "d", "a", replace=True)
-    monkeypatch.undo()
-    assert contents(model) == before
-    check(model, expected, "a", "b")
-    model.load_adapter(folder / "d", "d")
-    check(model, expected, "d")
-
-
-def test_a_file_that_is_gone_is_said_when_it_is_needed_again(folder, tmp_path):
-    model = make_model(folder, max_adapters=1, eviction="lru")
-    shutil.copytree(folder / "a", tmp_path / "a")
-    model.load_adapter(tmp_path / "a", "a")
-    model.load_adapter(folder / "b", "b")
-    shutil.rmtree(tmp_path / "a")
-    with pytest.raises(AdapterFormatError, match="no such directory"):
-        model(IDS, adapter_names="a")
-    assert model.resident_adapters == ["b"]
 
 
 def test_a_mixture_stays_and_keeps_what_it_needs(folder):
@@ -439,108 +334,6 @@ def test_what_cannot_be_done_leaves_no_pin_and_no_lease(folder, monkeypatch):
         model.merge_and_unload("a")
     assert model.slots._leases == [0]
     model.load_adapter(folder / "b", "again")
-
-
-def test_a_damaged_file_is_found_before_anything_goes_for_it(folder, expected, tmp_path):
-    """The checksum is computed beside the reading."""
-    shutil.copytree(folder / "b", tmp_path / "b")
-    weights = tmp_path / "b" / "adapter_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    model = make_model(folder, max_adapters=2)
-    layers = dict(model.model.named_children())
-    with pytest.raises(AdapterFormatError, match="damaged"):
-        model.load_adapter(tmp_path / "b", "b")  # the first: no layer stays wrapped for it
-    assert (dict(model.model.named_children()), model.adapter_names) == (layers, [])
-    model.load_adapter(folder / "a", "a")
-    before = contents(model)
-    for settings in ({}, {"adapter_name": "a", "replace": True}):
-        with pytest.raises(AdapterFormatError, match="damaged"):
-            model.load_adapter(tmp_path / "b", **({"adapter_name": "b"} | settings))
-        assert contents(model) == before
-    check(model, expected, "a")
-    full = make_model(folder, max_adapters=1, eviction="lru")
-    full.load_adapter(folder / "a", "a")
-    for settings in ({"adapter_name": "b"}, {"adapter_name": "a", "replace": True}):
-        with pytest.raises(AdapterFormatError, match="damaged"):
-            full.load_adapter(tmp_path / "b", **settings)
-        assert full.resident_adapters == ["a"]
-    with pytest.raises(AdapterFormatError, match="damaged"):
-        DTSModel.from_pretrained(model.merge_and_unload("__base__"), tmp_path / "b", "b")
-
-
-# Between two layers; when all are written; and also when that is taken back.
-@pytest.mark.parametrize(("fails", "times"), [("add_pages", [2]), ("write", [1]), ("write", [1, 2])])
-def test_a_load_that_fails_while_pages_are_written_loses_none(folder, expected, monkeypatch, fails, times):
-    model = make_model(folder, max_adapters=2, max_rank=7)
-    model.load_adapter(folder / "a", "a")
-    before = contents(model)
-    calls, original = [], getattr(Writes, fails)
-
-    def fail(*args):
-        calls.append(args)
-        if len(calls) in times:
-            raise MemoryError
-        return original(*args)
-
-    monkeypatch.setattr(Writes, fails, fail)
-    with pytest.raises(MemoryError):
-        model.load_adapter(folder / "b", "b")
-    monkeypatch.undo()
-    assert len(calls) >= max(times)
-    if len(times) == 1:
-        assert contents(model) == before
-    model.load_adapter(folder / "b", "b")
-    check(model, expected, "a", "b")
-    model.delete_adapter("b")
-    assert contents(model) == before
-
-
-def test_an_eviction_that_fails_leaves_nothing_of_its_adapter_to_the_next(folder, expected, monkeypatch):
-    """Neither in the slot, for layers that the next one does not change, nor pages that others get."""
-    model = make_model(folder, max_adapters=2)
-    model.load_adapter(folder / "a", "a")
-
-    def fail(*args):
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("dts_fast.writes.write_lists", fail)
-        with pytest.raises(MemoryError):
-            model.delete_adapter("a")
-        with pytest.raises(MemoryError):
-            model.load_adapter(folder / "b", "b")
-    assert model.adapter_names == []
-    for name in "bc":
-        model.load_adapter(folder / name, name)
-    check(model, expected, "b", "c")
-    slot = model.slots.slot("b")
-    for wrapper in model._wrappers.values():
-        for bank in (table for table in wrapper.children() if hasattr(table, "_free")):
-            listed = [page for pages in bank._listed.values() for page in pages]
-            assert sorted([*listed, *bank._free]) == list(range(len(bank.pages)))
-            assert (bank.slot_pages[slot] >= 0).sum() == len(bank._listed[slot])
-
-
-def test_a_refused_first_adapter_leaves_the_model_as_it_was(folder, expected):
-    model = make_model(folder, max_bytes=5_000)
-    layers = dict(model.model.named_children())
-    with pytest.raises(CapacityError, match="max_bytes"):
-        model.load_adapter(folder / "big", "big")
-    assert dict(model.model.named_children()) == layers
-
-
-def test_a_failed_load_gives_back_the_memory_of_the_layers_it_was_the_first_to_change(folder, monkeypatch):
-    model = make_model(folder, max_bytes=60_000)
-    left, layers = model._arenas.left, dict(model.model.named_children())
-    monkeypatch.setattr(Writes, "write", lambda self: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model.load_adapter(folder / "a", "a")
-    assert (model._arenas.left, dict(model.model.named_children()), model._wrappers) == (left, layers, {})
-    monkeypatch.undo()
-    model.load_adapter(folder / "a", "a")
-    assert model._arenas.left < left
 
 
 def test_a_reload_does_not_undo_what_happened_meanwhile(folder, expected, monkeypatch):
